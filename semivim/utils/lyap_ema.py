@@ -1,0 +1,432 @@
+"""LyapEMA (Semi-ViM section 4.1, Algorithm 1): a timm ModelEmaV3 whose decay and reach follow a Lyapunov function.
+
+Notation: S student, T teacher (trainable parameters), u the student as the optimizer left it, delta = ||u - T||,
+d = ||S_t - T_{t-1}||, V = 0.5 ||S - T||^2, lambda the pull towards the teacher, gamma the sensitivity.
+After a teacher update S_t - T_t = alpha (S_t - T_{t-1}), hence V_t = 0.5 (alpha d)^2: one norm gives both alpha and
+V, and the test of V is decided before the teacher is written.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.utils import get_total_norm
+
+_logger = logging.getLogger(__name__)
+
+V_DECREASE = 1e-3  # outside the ball V must lose this share at every step
+REF_MOMENTUM = 0.99  # running mean of d, over about 100 steps
+GUARD_WINDOW = 1000  # steps of the running guard rate
+GUARD_ALARM = 0.2
+
+# What a mode fixes; a name that a mode lacks does not apply to it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"decay": 0.9999, "min_decay": 0.99, "use_warmup": True, "gamma": 3.0, "v_radius": 0.2},
+    "paper_stable": {"gamma": 50.0, "v_radius": 0.1},
+    "literal": {"gamma": 1.0, "pull": 0.01, "pull_step": 0.01},
+    "ema": {"decay": 0.9999, "min_decay": 0.0, "use_warmup": False},
+}
+_STATE = ("v", "ref", "pull", "lr_scale", "guard_rate")
+
+
+class LyapStats(NamedTuple):
+    """What one update did; plain numbers, nan where the mode does not measure them.
+
+    ``alpha`` is the decay used, ``v`` and ``v_prev`` are V_t and V_{t-1}, ``bound`` is what V was held to, ``distance``
+    is d, ``pull`` is lambda (in the projecting modes the one that the projection amounts to, 1/c - 1), ``lr_scale`` is
+    the product of the halvings of mode ``literal``, ``violated`` says that V failed its test, ``skipped`` that student
+    and teacher were left alone.
+    """
+
+    alpha: float
+    v: float
+    v_prev: float
+    bound: float
+    distance: float
+    teacher_norm: float
+    pull: float
+    lr_scale: float
+    violated: bool
+    skipped: bool
+
+
+def adaptive_decay(distance: float, gamma: float, min_decay: float, decay: float) -> float:
+    """Decay min_decay + (decay - min_decay) (2 sigmoid(gamma distance) - 1); Eq. (9) when they are 0.5 and 1."""
+    return min_decay + (decay - min_decay) * math.tanh(0.5 * gamma * distance)
+
+
+def lyapunov_value(alpha: float, distance: float) -> float:
+    """V_t = 0.5 (alpha d)^2, which is 0.5 ||S_t - T_t||^2 of Eq. (6)."""
+    return 0.5 * (alpha * distance) ** 2
+
+
+def lyapunov_bound(v_prev: float, teacher_norm: float, radius: float) -> float:
+    """Largest V allowed: free inside the ball of relative radius ``radius`` around the teacher, falling outside it."""
+    return max((1.0 - V_DECREASE) * v_prev, 0.5 * (radius * teacher_norm) ** 2)
+
+
+def projection_factor(bound: float, alpha: float, distance: float) -> float:
+    """The c for which V = bound if S = T + c (u - T) and alpha is kept.
+
+    As alpha does not grow when the distance shrinks, V <= bound holds with the alpha of the shorter distance too. It is
+    Algorithm 1's "increase lambda and recompute" in closed form, with lambda = 1/c - 1.
+    """
+    return math.sqrt(2.0 * bound) / (alpha * distance)
+
+
+class LyapEmaV3(ModelEmaV3):
+    """Drop-in for timm's ModelEmaV3 with the LyapEMA controller of Semi-ViM.
+
+    What was measured on small semi-supervised runs: Algorithm 1 as printed (mode ``literal``) stops training within 20
+    steps, as V starts at 0, can only fail its test and halves the learning rate without recovery. Stated as a trust
+    region (mode ``default``: V must fall whenever it lies outside a ball of relative radius ``v_radius`` around the
+    teacher, inside it may grow up to the ball) it turns collapses into recoveries and changes nothing in calm training.
+
+    Modes are presets; an option left at None takes the mode's value, one that the mode does not use is refused:
+
+    ============== ===================================================================================================
+    default        alpha from d over its running mean, in [min_decay, decay] = [0.99, 0.9999], gamma 3, under the
+                   warm-up's cap; guard at v_radius 0.2. Runs under 5,000 updates: decay 0.999, min_decay 0.9.
+    paper_stable   Eq. (9) on d / ||T||, gamma 50; guard at v_radius 0.1.
+    literal        Algorithm 1 as printed: Eq. (9) on d, explicit pull of Eq. (8), one recomputation with half the
+                   learning rate and lambda + pull_step when V does not fall. For study; needs :meth:`attach`.
+    ema            ModelEmaV3 to the bit, its copy of the student at ``step=1`` included.
+    ============== ===================================================================================================
+
+    Differences from ModelEmaV3 in the first three modes: ``update`` edits the *student* where the guard asks for it;
+    the first update does not copy the student unless ``update_after_step > 0``; the warm-up caps alpha and may push it
+    below ``min_decay`` (turn it off for a teacher that starts better than the student); the teacher lives on the
+    student's device. Distance and guard act on parameters that require gradients, all else is averaged or copied as
+    ModelEmaV3 does. With torch.distributed every rank must call ``update``: two scalars are taken from rank 0, which
+    keeps the replicas equal to the bit. The scalars that a resume needs are in :meth:`lyap_state_dict`, not in
+    ``state_dict``, whose keys stay ``module.*``.
+
+    Args:
+        model: Student; its copy becomes the teacher ``module``.
+        decay: Largest alpha.
+        min_decay: Alpha for a student on top of its teacher.
+        update_after_step: Number of steps during which the teacher copies the student.
+        use_warmup: Cap alpha by ``1 - (1 + step / warmup_gamma) ** -warmup_power``.
+        warmup_gamma: As in ModelEmaV3.
+        warmup_power: As in ModelEmaV3.
+        device: As in ModelEmaV3; another than the student's only in mode ``ema``.
+        dtype: As in ModelEmaV3.
+        stochastic_rounding: As in ModelEmaV3.
+        stochastic_rounding_seed: As in ModelEmaV3.
+        foreach: As in ModelEmaV3.
+        exclude_buffers: As in ModelEmaV3.
+        mode: ``default``, ``paper_stable``, ``literal`` or ``ema``.
+        gamma: Sensitivity of alpha to the distance.
+        v_radius: Radius of the ball in which V is free, relative to the teacher's norm.
+        pull: Initial lambda of mode ``literal``.
+        pull_step: Growth of lambda at each violation in mode ``literal``.
+        on_nonfinite: ``raise`` or ``skip`` when the student is not finite; both leave student and teacher alone.
+
+    Raises:
+        ValueError: If an option is out of range or does not apply to the mode.
+
+    Source: Semi-ViM Algorithm 1, Eqs. (5)-(11); the trust region is ours.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float | None = None,
+        min_decay: float | None = None,
+        update_after_step: int = 0,
+        use_warmup: bool | None = None,
+        warmup_gamma: float = 1.0,
+        warmup_power: float = 2 / 3,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = True,
+        stochastic_rounding_seed: int = 0,
+        foreach: bool = True,
+        exclude_buffers: bool = False,
+        *,
+        mode: str = "default",
+        gamma: float | None = None,
+        v_radius: float | None = None,
+        pull: float | None = None,
+        pull_step: float | None = None,
+        on_nonfinite: str = "raise",
+    ) -> None:
+        options = _resolve(
+            mode,
+            decay=decay,
+            min_decay=min_decay,
+            use_warmup=use_warmup,
+            gamma=gamma,
+            v_radius=v_radius,
+            pull=pull,
+            pull_step=pull_step,
+        )
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
+        student_device = next(model.parameters()).device
+        if mode != "ema" and device is not None and torch.empty(0, device=device).device != student_device:
+            raise ValueError(f"device must be the student's ({student_device}) in mode {mode!r}, got {device}")
+        super().__init__(
+            model,
+            decay=options["decay"],
+            min_decay=options["min_decay"],
+            update_after_step=update_after_step,
+            use_warmup=options["use_warmup"],
+            warmup_gamma=warmup_gamma,
+            warmup_power=warmup_power,
+            device=device,
+            dtype=dtype,
+            stochastic_rounding=stochastic_rounding,
+            stochastic_rounding_seed=stochastic_rounding_seed,
+            foreach=foreach,
+            exclude_buffers=exclude_buffers,
+        )
+        self.mode = mode
+        self.gamma = options["gamma"]
+        self.v_radius = options["v_radius"]
+        self.pull_step = options["pull_step"]
+        self.on_nonfinite = on_nonfinite
+        # The controller's state: V_{t-1}, running mean of d, lambda, product of the halvings, share of guarded steps.
+        self.v = 0.0
+        self.ref = 0.0
+        self.pull = options["pull"]
+        self.lr_scale = 1.0
+        self.guard_rate = 0.0
+        self._guard_alarmed = False
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._stepped = False
+        self._before: list[torch.Tensor] = []
+        if mode == "literal":
+            _logger.warning(
+                "LyapEMA mode 'literal' is Algorithm 1 as printed: it stops training within about 20 steps."
+            )
+
+    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Follow the steps of ``optimizer``, so that ``update`` does nothing after a step that did not happen.
+
+        A GradScaler does not call ``optimizer.step`` on infinite gradients; the update that follows is then skipped.
+        Mode ``literal`` needs it for the student before the step and for the learning rate. That is halved through
+        ``group['lr']`` and ``group['lr_scale']``, which timm's schedulers multiply by.
+        """
+        self._optimizer = optimizer
+
+        def before(*_: object) -> None:
+            if self.mode == "literal":
+                self._before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+        def after(*_: object) -> None:
+            self._stepped = True
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+    def get_decay(self, step: int | None = None) -> float:
+        """Largest alpha at ``step``: ``decay``, or the warm-up's cap, which never starts at 0."""
+        if self.mode == "ema":
+            return super().get_decay(step)
+        if step is None:
+            return self.decay
+        step = max(1, step - self.update_after_step)
+        if self.update_after_step > 0 and step <= 1:
+            return 0.0
+        if not self.use_warmup:
+            return self.decay
+        return min(1.0 - (1.0 + step / self.warmup_gamma) ** -self.warmup_power, self.decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int | None = None) -> LyapStats:
+        """Update teacher, and student where the guard asks for it, after an optimizer step.
+
+        Args:
+            model: Student, wrapped or not.
+            step: Number of this update, from 1; None leaves out warm-up and ``update_after_step``.
+
+        Raises:
+            FloatingPointError: If the student is not finite and ``on_nonfinite`` is ``raise``.
+            RuntimeError: If mode ``literal`` was not attached to an optimizer.
+        """
+        if self._optimizer is not None and not self._stepped:
+            return self._unchanged()
+        self._stepped = False
+        if self.mode == "ema":
+            super().update(model, step)
+            return self._unchanged()._replace(alpha=self.get_decay(step), skipped=False)
+        pairs = [(s, t) for s, t in zip(model.parameters(), self.module.parameters(), strict=True) if s.requires_grad]
+        student: list[torch.Tensor] = [s for s, _ in pairs]
+        teacher: list[torch.Tensor] = [t for _, t in pairs]
+        stats = (self._literal if self.mode == "literal" else self._project)(student, teacher, self.get_decay(step))
+        if stats.skipped:
+            return stats
+        if self.exclude_buffers:
+            self.apply_update_no_buffers_(model, stats.alpha)
+        else:
+            self.apply_update_(model, stats.alpha)
+        self.v = stats.v
+        self.ref = REF_MOMENTUM * (self.ref or stats.distance) + (1.0 - REF_MOMENTUM) * stats.distance
+        self._watch(stats.violated)
+        return stats
+
+    @torch.no_grad()
+    def set(self, model: nn.Module) -> None:
+        """Copy the student into the teacher; V is then 0 and the running mean of d starts anew."""
+        super().set(model)
+        self.v = self.ref = 0.0
+
+    def lyap_state_dict(self) -> dict[str, float]:
+        """Scalars that a resumed run needs beside ``state_dict``."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def load_lyap_state_dict(self, state: dict[str, float]) -> None:
+        """Restore what :meth:`lyap_state_dict` returned."""
+        if set(state) != set(_STATE):
+            raise ValueError(f"state must have the keys {sorted(_STATE)}, got {sorted(state)}")
+        for name in _STATE:
+            setattr(self, name, float(state[name]))
+
+    def _alpha(self, distance: float, teacher_norm: float, cap: float) -> float:
+        if self.mode == "literal":
+            scaled = distance
+        elif self.mode == "paper_stable":
+            scaled = distance / teacher_norm if teacher_norm > 0.0 else 0.0
+        else:
+            ref = self.ref or distance
+            scaled = distance / ref if ref > 0.0 else 0.0
+        return min(adaptive_decay(scaled, self.gamma, self.min_decay, self.decay), cap)
+
+    def _project(self, student: list[torch.Tensor], teacher: list[torch.Tensor], cap: float) -> LyapStats:
+        """Hold V to its bound by moving the student towards the teacher."""
+        distance, norm = self._measure(student, teacher)
+        if not (math.isfinite(distance) and math.isfinite(norm)):
+            return self._nonfinite(distance, norm)
+        bound = lyapunov_bound(self.v, norm, self.v_radius)
+        alpha = self._alpha(distance, norm, cap)
+        c = 1.0
+        violated = lyapunov_value(alpha, distance) > bound * (1.0 + 1e-6)
+        if violated:
+            c = projection_factor(bound, alpha, distance)
+            distance *= c
+            alpha = self._alpha(distance, norm, cap)
+            self._pull(student, teacher, 1.0 - c)
+        return LyapStats(
+            alpha=alpha,
+            v=lyapunov_value(alpha, distance),
+            v_prev=self.v,
+            bound=bound,
+            distance=distance,
+            teacher_norm=norm,
+            pull=1.0 / c - 1.0 if c > 0.0 else math.inf,
+            lr_scale=self.lr_scale,
+            violated=violated,
+            skipped=False,
+        )
+
+    def _literal(self, student: list[torch.Tensor], teacher: list[torch.Tensor], cap: float) -> LyapStats:
+        """Algorithm 1 as printed, recomputing once; the optimizer's displacement is linear in the learning rate."""
+        if self._optimizer is None:
+            raise RuntimeError("mode 'literal' needs attach(optimizer, model) before training")
+        after, v_prev, shrink = [s.clone() for s in student], self.v, 1.0
+        distance, norm = self._place(student, after, teacher, shrink)
+        alpha = self._alpha(distance, norm, cap)
+        violated = lyapunov_value(alpha, distance) >= v_prev
+        if violated:
+            shrink = 0.5
+            self.pull += self.pull_step
+            distance, norm = self._place(student, after, teacher, shrink)
+            alpha = self._alpha(distance, norm, cap)
+        if not (math.isfinite(distance) and math.isfinite(norm)):
+            torch._foreach_copy_(student, after)
+            self.pull -= self.pull_step * violated
+            return self._nonfinite(distance, norm)
+        self.lr_scale *= shrink
+        for group in self._optimizer.param_groups:
+            group["lr"] *= shrink
+            group["lr_scale"] = group.get("lr_scale", 1.0) * shrink
+        v = lyapunov_value(alpha, distance)
+        return LyapStats(alpha, v, v_prev, v_prev, distance, norm, self.pull, self.lr_scale, violated, False)
+
+    def _place(
+        self, student: list[torch.Tensor], after: list[torch.Tensor], teacher: list[torch.Tensor], shrink: float
+    ) -> tuple[float, float]:
+        """Write Eq. (8) with the right-hand side at t-1, the step scaled by ``shrink``; measure the result."""
+        for s, s0, u, t in zip(student, self._before, after, teacher, strict=True):
+            s.copy_(s0 + shrink * (u - s0) + self.pull * (t - s0))
+        return self._measure(student, teacher)
+
+    def _measure(self, student: list[torch.Tensor], teacher: list[torch.Tensor]) -> tuple[float, float]:
+        """||student - teacher|| and ||teacher||, with one host sync, equal on all ranks."""
+        wide_student, wide_teacher = [_wide(s) for s in student], [_wide(t) for t in teacher]
+        difference: Sequence[torch.Tensor]
+        if self.foreach:
+            difference = torch._foreach_sub(wide_student, wide_teacher)
+        else:
+            difference = [s - t for s, t in zip(wide_student, wide_teacher, strict=True)]
+        norms = [get_total_norm(x, foreach=self.foreach) for x in (difference, wide_teacher)]
+        scalars = torch.stack(norms)
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(scalars, src=0)
+        distance, norm = scalars.tolist()
+        return distance, norm
+
+    def _pull(self, student: list[torch.Tensor], teacher: list[torch.Tensor], weight: float) -> None:
+        """S <- S + weight (T - S)."""
+        if self.foreach and all(s.dtype == t.dtype for s, t in zip(student, teacher, strict=True)):
+            torch._foreach_lerp_(student, teacher, weight)
+            return
+        for s, t in zip(student, teacher, strict=True):
+            s.copy_(_wide(s).lerp(_wide(t), weight))
+
+    def _unchanged(self) -> LyapStats:
+        nan = math.nan
+        return LyapStats(1.0, self.v, self.v, nan, nan, nan, nan, self.lr_scale, False, True)
+
+    def _nonfinite(self, distance: float, norm: float) -> LyapStats:
+        if self.on_nonfinite == "raise":
+            raise FloatingPointError(
+                f"student is not finite: ||student - teacher|| = {distance}, ||teacher|| = {norm}; both are left as "
+                "they are (lower the learning rate, or on_nonfinite='skip')"
+            )
+        return self._unchanged()
+
+    def _watch(self, violated: bool) -> None:
+        """Keep the running guard rate, and say once when the guard rules the training."""
+        self.guard_rate += (violated - self.guard_rate) / GUARD_WINDOW
+        if self.mode in ("default", "paper_stable") and self.guard_rate > GUARD_ALARM and not self._guard_alarmed:
+            self._guard_alarmed = True
+            _logger.warning(
+                "LyapEMA's guard held the student back in over %.0f%% of the last %d steps: raise v_radius (%g) or "
+                "lower the learning rate.",
+                100 * GUARD_ALARM,
+                GUARD_WINDOW,
+                self.v_radius,
+            )
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: a difference of nearly equal half-precision weights is mostly rounding."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _resolve(mode: str, **given: float | bool | None) -> dict[str, Any]:
+    """The mode's values, with those given in their place."""
+    if mode not in PRESETS:
+        raise ValueError(f"mode must be one of {sorted(PRESETS)}, got {mode!r}")
+    for name, value in given.items():
+        if value is not None and name not in PRESETS[mode]:
+            raise ValueError(f"{name} does not apply to mode {mode!r}, got {value}; it has {sorted(PRESETS[mode])}")
+    # Eq. (9) is the range from 0.5 to 1.
+    neutral = {"decay": 1.0, "min_decay": 0.5, "use_warmup": False, "gamma": 0.0, "v_radius": 0.0, "pull": 0.0}
+    options = neutral | {"pull_step": 0.0} | PRESETS[mode] | {k: v for k, v in given.items() if v is not None}
+    if mode != "ema" and not 0.0 <= options["min_decay"] <= options["decay"] <= 1.0:
+        raise ValueError(
+            f"min_decay and decay must satisfy 0 <= min_decay <= decay <= 1, got {options['min_decay']} and "
+            f"{options['decay']} in mode {mode!r}"
+        )
+    for name in ("gamma", "v_radius", "pull", "pull_step"):
+        if options[name] < 0.0:
+            raise ValueError(f"{name} must not be negative, got {options[name]}")
+    return options
