@@ -1,0 +1,134 @@
+"""Which implementation runs an op: choice by device, by name, by block or by environment.
+
+A backend `name` of the op `scan` is the module `scan_<name>`, of the op `conv` the module `conv_<name>`; `scan.py` and
+`causal_conv.py` say which functions it holds. It may import its package at its top: modules are imported when they
+are first asked for.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+
+class _Backend(NamedTuple):
+    package: str
+    devices: tuple[str, ...]  # where the automatic choice considers it
+    ops: tuple[str, ...]
+
+
+# In the order of preference of the automatic choice.
+_BACKENDS = {
+    "triton": _Backend("triton", ("cuda",), ("scan",)),
+    "cuda": _Backend("mamba_ssm", ("cuda",), ("scan",)),
+    "numba": _Backend("numba", ("cpu",), ("scan", "conv")),
+    "reference": _Backend("torch", (), ("scan", "conv")),
+}
+_override: list[str] = []
+
+
+def _module(op: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{op}_{name}")
+
+
+def _unavailable(op: str, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Return why a backend cannot run an op on a device, "" if it can."""
+    backend = _BACKENDS[name]
+    if op not in backend.ops:
+        return f"it has no {op} kernels"
+    if dtype == torch.float64 and name != "reference":
+        return "only the reference keeps float64"
+    if importlib.util.find_spec(backend.package) is None:
+        return f"package {backend.package} is not installed"
+    try:
+        module = _module(op, name)
+    except ImportError as error:
+        return f"its import fails: {error}"
+    return module.unavailable(device)
+
+
+def _automatic(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    for name, backend in _BACKENDS.items():
+        if device.type in backend.devices and not _unavailable(op, name, device, dtype):
+            return name
+    return "reference"
+
+
+def available_backends(device: str | torch.device | None = None) -> dict[str, str]:
+    """Say for each backend of the scan whether it can run.
+
+    Args:
+        device: Where it would run; the CPU and, if there is one, the first GPU when not given.
+
+    Returns:
+        By name: ``"available"``, ``"available, chosen for <device>"``, or the reason why it cannot run.
+    """
+    devices = [torch.device("cpu" if device is None else device)]
+    if device is None and torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    report = {}
+    for name in _BACKENDS:
+        reasons = [_unavailable("scan", name, place) for place in devices]
+        chosen = [place.type for place in devices if _automatic("scan", place) == name]
+        if chosen:
+            report[name] = f"available, chosen for {' and '.join(chosen)}"
+        else:
+            report[name] = "available" if "" in reasons else "; ".join(dict.fromkeys(reasons))
+    return report
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let ops called with ``backend=None`` use a named backend inside the block, where it has kernels for them.
+
+    The name is read when an op runs, so it also holds inside scripted, traced and compiled models. It is shared by
+    all threads and takes precedence over the environment variable ``SEMIVIM_BACKEND``.
+
+    Args:
+        name: One of `available_backends`.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    _check_name(name)
+    _override.append(name)
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+def _check_name(name: str) -> None:
+    if name not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}; got {name!r}")
+
+
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """Return the module that runs an op.
+
+    Args:
+        op: ``"scan"`` or ``"conv"``.
+        backend: A name, or ``"auto"`` for `use_backend`'s, the environment's or the automatic choice.
+        device: Where the tensors are.
+        dtype: Of the main input.
+
+    Raises:
+        ValueError: If the name is unknown or that backend cannot run.
+    """
+    if backend == "auto":
+        wanted = _override[-1] if _override else os.environ.get("SEMIVIM_BACKEND", "auto")
+        if wanted != "auto":
+            _check_name(wanted)
+            backend = wanted if op in _BACKENDS[wanted].ops else "auto"
+    if backend == "auto":
+        return _module(op, _automatic(op, device, dtype))
+    _check_name(backend)
+    reason = _unavailable(op, backend, device, dtype)
+    if reason:
+        raise ValueError(f"backend {backend!r} cannot run the {op} on {device.type}: {reason}")
+    return _module(op, backend)

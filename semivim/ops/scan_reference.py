@@ -1,0 +1,236 @@
+"""The selective scan in plain torch, token by token: the text every faster backend is tested against.
+
+Dimensions: b images, l tokens, d channels, n states. State and sums are float32 (float64 for float64 inputs).
+The forward functions can be differentiated by autograd; the backward functions write the adjoint out, because the
+implementation of a custom op cannot call autograd.
+
+Source: Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2; Semi-ViM Eq. (1)-(3), (15)-(16).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Tokens between two stored states. A forward returns, beside its output, the state that enters each chunk but the
+# first, so that a backward recomputes a chunk at a time.
+CHUNK = 64
+
+
+def unavailable(device: torch.device) -> str:  # noqa: ARG001
+    """Return why this backend cannot run on a device; the reference always can."""
+    return ""
+
+
+def state_dtype(u: Tensor) -> torch.dtype:
+    """Return the dtype of state and sums for an input."""
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _tokens(length: int, reverse: bool) -> list[int]:
+    return list(range(length - 1, -1, -1) if reverse else range(length))
+
+
+def _recurrence(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t; s_t = <C_t, h_t>.
+
+    Returns:
+        s ``(b, l, d)``, the stored states ``(b, (l-1)//CHUNK, n, d)``, and h after each token in the order walked.
+    """
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    order = _tokens(u.shape[1], reverse)
+    s: list[Tensor] = [h] * len(order)
+    walked = []
+    for t in order:
+        decay = torch.exp(dt[:, t, :, None] * A)
+        h = decay * h + (dt[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        s[t] = (h * C[:, t, None, :]).sum(-1)
+        walked.append(h)
+    stored = walked[CHUNK - 1 : -1 : CHUNK]
+    states = torch.stack(stored, 1).transpose(2, 3) if stored else h.new_empty(h.shape[0], 0, h.shape[2], h.shape[1])
+    return torch.stack(s, 1), states, walked
+
+
+def _recurrence_backward(
+    ds: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool, walked: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Adjoint of `_recurrence`: gradients of u, dt, A, B, C for the gradient ds of s."""
+    g = torch.zeros_like(walked[0])
+    dA = torch.zeros_like(A)
+    du, ddt, dB, dC = torch.zeros_like(u), torch.zeros_like(dt), torch.zeros_like(B), torch.zeros_like(C)
+    order = _tokens(u.shape[1], reverse)
+    for step in range(len(order) - 1, -1, -1):
+        t = order[step]
+        h = walked[step]
+        h_before = walked[step - 1] if step else torch.zeros_like(h)
+        g = g + ds[:, t, :, None] * C[:, t, None, :]
+        dC[:, t] = (ds[:, t, :, None] * h).sum(1)
+        dB[:, t] = (g * (dt[:, t] * u[:, t])[:, :, None]).sum(1)
+        into_input = (g * B[:, t, None, :]).sum(-1)
+        g = g * torch.exp(dt[:, t, :, None] * A)
+        into_decay = g * h_before
+        du[:, t] = into_input * dt[:, t]
+        ddt[:, t] = into_input * u[:, t] + (into_decay * A).sum(-1)
+        dA = dA + (into_decay * dt[:, t, :, None]).sum(0)
+    return du, ddt, dA, dB, dC
+
+
+def _zeros_for(D: Tensor | None, u: Tensor) -> Tensor:
+    return u.new_zeros(u.shape[2], dtype=state_dtype(u)) if D is None else D.to(state_dtype(u))
+
+
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(z)
+    return grad * sigmoid * (1 + z * (1 - sigmoid))
+
+
+def selective_scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``(b, l, d)`` and the stored states ``(b, 1, (l-1)//CHUNK, n, d)``."""
+    wide = state_dtype(u)
+    x, raw = u.to(wide), delta.to(wide) + _zeros_for(delta_bias, u)
+    dt = F.softplus(raw) if delta_softplus else raw
+    s, states, _ = _recurrence(x, dt, A.to(wide), B.to(wide), C.to(wide), reverse)
+    y = s + _zeros_for(D, u) * x
+    out = y if z is None else y * F.silu(z.to(wide))
+    return out.to(u.dtype), states.unsqueeze(1)
+
+
+def selective_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    states: Tensor,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias."""
+    wide = state_dtype(u)
+    x, raw, skip = u.to(wide), delta.to(wide) + _zeros_for(delta_bias, u), _zeros_for(D, u)
+    dt = F.softplus(raw) if delta_softplus else raw
+    operands = x, dt, A.to(wide), B.to(wide), C.to(wide)
+    s, _, walked = _recurrence(*operands, reverse)
+    dy = grad.to(wide)
+    dz = None
+    if z is not None:
+        gate = z.to(wide)
+        dz = _silu_backward(dy * (s + skip * x), gate).to(z.dtype)
+        dy = dy * F.silu(gate)
+    du, ddt, dA, dB, dC = _recurrence_backward(dy, *operands, reverse, walked)
+    draw = ddt * torch.sigmoid(raw) if delta_softplus else ddt
+    return (
+        (du + skip * dy).to(u.dtype),
+        draw.to(delta.dtype),
+        dA.to(A.dtype),
+        dB.to(B.dtype),
+        dC.to(C.dtype),
+        None if D is None else (dy * x).sum((0, 1)).to(D.dtype),
+        dz,
+        None if delta_bias is None else draw.sum((0, 1)).to(delta_bias.dtype),
+    )
+
+
+def bidirectional_scan_forward(
+    u: Tensor,
+    u_b: Tensor,
+    delta: Tensor,
+    delta_b: Tensor,
+    bc: Tensor,
+    bc_b: Tensor,
+    z: Tensor,
+    A: Tensor,
+    A_b: Tensor,
+    D: Tensor,
+    D_b: Tensor,
+    delta_bias: Tensor,
+    delta_bias_b: Tensor,
+    psi: Tensor | None,
+    nu: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``(b, l, d)`` and the stored states ``(b, 2, (l-1)//CHUNK, n, d)``."""
+    wide = state_dtype(u)
+    s, skip, states = [], [], []
+    for reverse, operands in enumerate(
+        ((u, delta, bc, A, D, delta_bias), (u_b, delta_b, bc_b, A_b, D_b, delta_bias_b))
+    ):
+        x, step, row, decay, weight, bias = (operand.to(wide) for operand in operands)
+        B, C = row.chunk(2, -1)
+        readout, stored, _ = _recurrence(x, F.softplus(step + bias), decay, B, C, bool(reverse))
+        s.append(readout)
+        skip.append(weight * x)
+        states.append(stored)
+    out = F.silu(z.to(wide)) * (s[0] + skip[0] + s[1] + skip[1])
+    if psi is not None and nu is not None:
+        share = psi.to(wide)[:, None, None]
+        out = out + nu.to(wide)[:, None, None] * (share * s[0] + (1 - share) * s[1])  # Semi-ViM Eq. (15), (16)
+    return (0.5 * out).to(u.dtype), torch.stack(states, 1)
+
+
+def bidirectional_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    u_b: Tensor,
+    delta: Tensor,
+    delta_b: Tensor,
+    bc: Tensor,
+    bc_b: Tensor,
+    z: Tensor,
+    A: Tensor,
+    A_b: Tensor,
+    D: Tensor,
+    D_b: Tensor,
+    delta_bias: Tensor,
+    delta_bias_b: Tensor,
+    psi: Tensor | None,
+    nu: Tensor | None,
+    states: Tensor,  # noqa: ARG001
+) -> tuple[Tensor, ...]:
+    """Return the gradients of u, u_b, delta, ..., delta_bias_b, in the order of the arguments; psi and nu have none."""
+    wide = state_dtype(u)
+    gate, half = z.to(wide), 0.5 * grad.to(wide)
+    gated = half * F.silu(gate)
+    y = torch.zeros_like(gate)
+    gradients = []
+    for reverse, operands in enumerate(
+        ((u, delta, bc, A, D, delta_bias), (u_b, delta_b, bc_b, A_b, D_b, delta_bias_b))
+    ):
+        x, step, row, decay, weight, bias = (operand.to(wide) for operand in operands)
+        B, C = row.chunk(2, -1)
+        dt = F.softplus(step + bias)
+        s, _, walked = _recurrence(x, dt, decay, B, C, bool(reverse))
+        y = y + s + weight * x
+        ds = gated
+        if psi is not None and nu is not None:
+            share = (1 - psi if reverse else psi).to(wide)[:, None, None]
+            ds = ds + half * nu.to(wide)[:, None, None] * share
+        du, ddt, dA, dB, dC = _recurrence_backward(ds, x, dt, decay, B, C, bool(reverse), walked)
+        draw = ddt * torch.sigmoid(step + bias)
+        of_direction = (
+            du + weight * gated,
+            draw,
+            torch.cat((dB, dC), -1),
+            dA,
+            (gated * x).sum((0, 1)),
+            draw.sum((0, 1)),
+        )
+        gradients.append([g.to(operand.dtype) for g, operand in zip(of_direction, operands, strict=True)])
+    ahead, back = gradients
+    pairs = [gradient for pair in zip(ahead, back, strict=True) for gradient in pair]
+    return (*pairs[:6], _silu_backward(half * y, gate).to(z.dtype), *pairs[6:])
