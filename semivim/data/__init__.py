@@ -1,0 +1,55 @@
+"""Images, label splits, views and mixing for semi-supervised training."""
+
+from semivim.data.label_split import LabelSplit, complete_split, load_split, make_split, save_split
+from semivim.data.sources import (
+    ImageSource,
+    UnreadableImageError,
+    join_sources,
+    open_source,
+    open_unlabelled_folder,
+)
+from semivim.data.ssmixup import (
+    MixedBatch,
+    mix_inputs,
+    mix_probabilistic,
+    mix_targets,
+    mixing_weight,
+    pair_retained,
+)
+from semivim.data.two_views import (
+    LabelledBatch,
+    SslBatch,
+    SslLoader,
+    StepBatches,
+    UnlabelledBatch,
+    View,
+    Views,
+    create_eval_loader,
+)
+
+__all__ = [
+    "ImageSource",
+    "LabelSplit",
+    "LabelledBatch",
+    "MixedBatch",
+    "SslBatch",
+    "SslLoader",
+    "StepBatches",
+    "UnlabelledBatch",
+    "UnreadableImageError",
+    "View",
+    "Views",
+    "complete_split",
+    "create_eval_loader",
+    "join_sources",
+    "load_split",
+    "make_split",
+    "mix_inputs",
+    "mix_probabilistic",
+    "mix_targets",
+    "mixing_weight",
+    "open_source",
+    "open_unlabelled_folder",
+    "pair_retained",
+    "save_split",
+]

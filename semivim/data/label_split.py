@@ -1,0 +1,379 @@
+"""Which images of a training set have labels: drawn from a seed or given by lists, checked, and kept as text.
+
+Classes are counted by the labels of the whole set; -1 marks an image without a known label, which can only be used as
+an unlabelled one.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+UNKNOWN = -1  # label of an image whose class is not known
+
+
+@dataclass(frozen=True)
+class LabelSplit:
+    """Labelled and unlabelled images of one training set.
+
+    Args:
+        labels: Class of every image of the set, ``(n,)``, int64; -1 where unknown.
+        labelled: Positions of the images whose labels may be used, ascending, int64.
+        unlabelled: Positions of the images used without their labels, ascending, int64.
+        num_classes: Number of classes.
+    """
+
+    labels: np.ndarray
+    labelled: np.ndarray
+    unlabelled: np.ndarray
+    num_classes: int
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of what is labelled, as what, and what is unlabelled."""
+        digest = hashlib.sha256(f"{len(self.labels)} {self.num_classes}\n".encode())
+        for part in (self.labelled, self.labels[self.labelled], self.unlabelled):
+            digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes() + b"\n")
+        return digest.hexdigest()
+
+    @property
+    def labels_per_class(self) -> np.ndarray:
+        """Labelled images of each class, ``(num_classes,)``."""
+        return np.bincount(self.labels[self.labelled], minlength=self.num_classes)
+
+    @property
+    def classes_without_label(self) -> np.ndarray:
+        """Classes of which no image is labelled."""
+        return np.flatnonzero(self.labels_per_class == 0)
+
+    @property
+    def effective_fraction(self) -> float:
+        """Share of labelled images among all images used."""
+        return len(self.labelled) / len(np.union1d(self.labelled, self.unlabelled))
+
+    @property
+    def ceiling(self) -> float:
+        """Highest balanced accuracy in reach: a class that owns no label is never predicted."""
+        return 1 - len(self.classes_without_label) / self.num_classes
+
+    def report(self) -> str:
+        """Describe the split in a few lines."""
+        per_class, missing = self.labels_per_class, self.classes_without_label
+        lines = [
+            f"labels: {len(self.labelled):,} of {len(self.labels):,} images ({self.effective_fraction:.2%} of those "
+            f"used), {len(self.unlabelled):,} unlabelled, {self.num_classes} classes",
+            f"labels per class: smallest {per_class.min()}, median {np.median(per_class):g}, largest {per_class.max()}",
+        ]
+        if len(missing):
+            lines.append(
+                f"classes without labels: {len(missing)} ({_listed(missing)}); "
+                f"balanced accuracy cannot exceed {self.ceiling:.1%}"
+            )
+        return "\n".join([*lines, f"sha256: {self.sha256}"])
+
+
+def make_split(
+    labels: Sequence[int] | np.ndarray,
+    num_classes: int,
+    *,
+    fraction: float | None = None,
+    per_class: int | None = None,
+    imb_n1: int | None = None,
+    imb_m1: int | None = None,
+    imb_factor_l: float = 1.0,
+    imb_factor_u: float = 1.0,
+    min_per_class: int = 1,
+    seed: int = 42,
+    fold: int = 0,
+    include_labelled: bool = False,
+) -> LabelSplit:
+    """Draw the labelled images; the others become unlabelled.
+
+    Exactly one of ``fraction``, ``per_class`` and ``imb_n1`` says how many. For one (seed, fold) smaller draws are
+    contained in larger ones.
+
+    Args:
+        labels: Class of every image, ``(n,)``; -1 where unknown.
+        num_classes: Number of classes.
+        fraction: Share of every class to label, in (0, 1].
+        per_class: Images of every class to label.
+        imb_n1: Images of the first class to label; the others follow ``imb_factor_l``.
+        imb_m1: Unlabelled images of the first class; the others follow ``imb_factor_u``. All that is left if None.
+        imb_factor_l: Labelled images of the first class over those of the last, at least 1.
+        imb_factor_u: The same for unlabelled images; negative reverses the order of the classes.
+        min_per_class: Labels that every class gets at least with ``fraction``; 0 accepts classes without any.
+        seed: Seed of the draw.
+        fold: Number of the draw for that seed.
+        include_labelled: Use the labelled images as unlabelled ones too.
+
+    Raises:
+        ValueError: If an argument is out of range, images are lacking, or the split fails ``complete_split``.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    check_labels(labels, num_classes)
+    given = {"fraction": fraction, "per_class": per_class, "imb_n1": imb_n1}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise ValueError(f"exactly one of {', '.join(given)} must be given, got {', '.join(chosen) or 'none'}")
+    members = _shuffled_members(labels, num_classes, seed, fold)
+    sizes = np.array([len(m) for m in members])
+    unlabelled = None
+    if imb_n1 is not None:
+        counts = long_tail(num_classes, imb_n1, imb_factor_l, "imb_n1", "imb_factor_l")
+        if imb_m1 is not None:
+            rest = [m[n:] for m, n in zip(members, counts, strict=True)]
+            unlabelled = _take(rest, long_tail(num_classes, imb_m1, imb_factor_u, "imb_m1", "imb_factor_u"), "imb_m1")
+    elif imb_m1 is not None:
+        raise ValueError(f"imb_m1 is {imb_m1} without imb_n1, the labels of the first class")
+    elif fraction is not None:
+        counts = _fraction_counts(sizes, fraction, min_per_class)
+    else:
+        counts = np.full(num_classes, per_class)
+    labelled = _take(members, counts, chosen[0])
+    return complete_split(labels, num_classes, labelled, unlabelled, min_per_class, include_labelled)
+
+
+def complete_split(
+    labels: np.ndarray,
+    num_classes: int,
+    labelled: np.ndarray,
+    unlabelled: np.ndarray | None = None,
+    min_per_class: int = 1,
+    include_labelled: bool = False,
+) -> LabelSplit:
+    """Make a checked split of given positions.
+
+    Args:
+        labels: Class of every image, ``(n,)``; -1 where unknown.
+        num_classes: Number of classes.
+        labelled: Positions of the labelled images.
+        unlabelled: Positions of the unlabelled ones; all that are not labelled if None.
+        min_per_class: 0 accepts classes without a labelled image.
+        include_labelled: Use the labelled images as unlabelled ones too.
+
+    Raises:
+        ValueError: If a position is out of range, repeated, or without a label; if a class has no labelled image; if
+            labelled and unlabelled images overlap; if there is no unlabelled image.
+    """
+    check_labels(labels, num_classes)
+    labelled = _check_positions("labelled", labelled, len(labels))
+    if (labels[labelled] == UNKNOWN).any():
+        first = labelled[labels[labelled] == UNKNOWN][0]
+        raise ValueError(f"labelled image {first} has no known label")
+    if unlabelled is None:
+        unlabelled = np.setdiff1d(np.arange(len(labels)), labelled)
+    else:
+        unlabelled = _check_positions("unlabelled", unlabelled, len(labels))
+        both = np.intersect1d(labelled, unlabelled)
+        if len(both) and not include_labelled:
+            raise ValueError(f"{len(both)} images are both labelled and unlabelled, the first is image {both[0]}")
+    if include_labelled:
+        unlabelled = np.union1d(labelled, unlabelled)
+    split = LabelSplit(labels, labelled, unlabelled, num_classes)
+    missing = split.classes_without_label
+    if len(missing) and min_per_class > 0:
+        raise ValueError(
+            f"{len(missing)} of {num_classes} classes have no labelled image: {_listed(missing)}; "
+            f"min_per_class=0 accepts that"
+        )
+    if len(unlabelled) == 0:
+        raise ValueError(f"no unlabelled image is left: all {len(labels)} are labelled")
+    return split
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Refuse labels outside [-1, num_classes)."""
+    wrong = np.flatnonzero((labels < UNKNOWN) | (labels >= num_classes))
+    if len(wrong):
+        raise ValueError(f"label {labels[wrong[0]]} of image {wrong[0]} is out of range for num_classes={num_classes}")
+
+
+def long_tail(
+    num_classes: int, first: int, factor: float, first_name: str = "first", factor_name: str = "factor"
+) -> np.ndarray:
+    """n_k = floor(n_1 * factor^(-(k-1)/(K-1))), reversed for a negative factor.
+
+    Args:
+        num_classes: K.
+        first: n_1, images of the largest class.
+        factor: n_1 / n_K, at least 1; its negative gives the largest count to the last class.
+        first_name: What an error calls ``first``.
+        factor_name: What an error calls ``factor``.
+
+    Returns:
+        Images of each class, ``(num_classes,)``, int64.
+    Source: Kim et al. 2020, DARP (arXiv:2007.08844), Section 4.1.
+    """
+    if first < 1:
+        raise ValueError(f"{first_name} must be at least 1, got {first}")
+    if abs(factor) < 1:
+        raise ValueError(f"{factor_name} must be at least 1, or at most -1 for the reversed order, got {factor}")
+    exponent = np.arange(num_classes) / max(num_classes - 1, 1)
+    # 1500 / 100 must give 15, not the 14 that rounding below it would floor to.
+    counts = np.floor(first * abs(factor) ** -exponent + 1e-9).astype(np.int64)
+    return counts if factor > 0 else counts[::-1].copy()
+
+
+def _listed(values: np.ndarray, limit: int = 10) -> str:
+    more = ", ..." if len(values) > limit else ""
+    return ", ".join(str(value) for value in values[:limit]) + more
+
+
+def _check_positions(name: str, positions: np.ndarray, num_images: int) -> np.ndarray:
+    positions = np.asarray(positions, dtype=np.int64)
+    outside = positions[(positions < 0) | (positions >= num_images)]
+    if len(outside):
+        raise ValueError(f"{name} index {outside[0]} is out of range for {num_images} images")
+    unique, counts = np.unique(positions, return_counts=True)
+    if len(unique) < len(positions):
+        raise ValueError(f"{name} index {unique[counts > 1][0]} is given {counts.max()} times")
+    return unique
+
+
+def _shuffled_members(labels: np.ndarray, num_classes: int, seed: int, fold: int) -> list[np.ndarray]:
+    """Positions of each class in an order that depends on (seed, fold, class) only: prefixes of it are nested."""
+    if seed < 0 or fold < 0:
+        raise ValueError(f"seed and fold must not be negative, got seed={seed}, fold={fold}")
+    return [
+        np.random.default_rng([seed, fold, label]).permutation(np.flatnonzero(labels == label))
+        for label in range(num_classes)
+    ]
+
+
+def _fraction_counts(sizes: np.ndarray, fraction: float, min_per_class: int) -> np.ndarray:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+    if min_per_class < 0:
+        raise ValueError(f"min_per_class must not be negative, got {min_per_class}")
+    proportional = np.floor(fraction * sizes + 0.5).astype(np.int64)
+    return np.minimum(np.maximum(proportional, min_per_class), sizes)
+
+
+def _take(members: list[np.ndarray], counts: np.ndarray, name: str) -> np.ndarray:
+    for label, (available, wanted) in enumerate(zip(members, counts, strict=True)):
+        if wanted > len(available):
+            raise ValueError(f"{name} wants {wanted} images of class {label}, only {len(available)} are left")
+        if wanted < 0:
+            raise ValueError(f"{name} must not be negative, got {wanted}")
+    return np.concatenate([m[:n] for m, n in zip(members, counts, strict=True)])
+
+
+_HEADER = "# semivim label split {role}: {count} of {images} images, {classes} classes, sha256 {sha256}"
+_HEADER_PATTERN = re.compile(
+    r"# semivim label split (\w+): (\d+) of (\d+) images, (\d+) classes, sha256 ([0-9a-f]{64})"
+)
+
+
+def save_split(split: LabelSplit, folder: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
+    """Write labelled.txt and unlabelled.txt: a header, then ``index label [name]`` or ``index [name]`` lines.
+
+    Each file appears whole or not at all.
+
+    Args:
+        split: What to write.
+        folder: An existing folder.
+        names: Name of every image of the set, to recognise later that the set has changed; not written if None.
+    """
+    for role, positions in (("labelled", split.labelled), ("unlabelled", split.unlabelled)):
+        header = _HEADER.format(
+            role=role,
+            count=len(positions),
+            images=len(split.labels),
+            classes=split.num_classes,
+            sha256=split.sha256,
+        )
+        columns = [positions.tolist()]
+        if role == "labelled":
+            columns.append(split.labels[positions].tolist())
+        if names is not None:
+            columns.append([names[i] for i in positions])
+        lines = (" ".join(map(str, row)) for row in zip(*columns, strict=True))
+        _write_atomically(Path(folder) / f"{role}.txt", "\n".join([header, *lines, ""]))
+
+
+def load_split(
+    folder: str | os.PathLike[str],
+    labels: Sequence[int] | np.ndarray,
+    num_classes: int,
+    names: Sequence[str] | None = None,
+) -> LabelSplit:
+    """Read a saved split back and check that it belongs to this training set.
+
+    Args:
+        folder: Where ``save_split`` wrote.
+        labels: Class of every image of the set now, ``(n,)``; labels of the saved list replace unknown ones.
+        num_classes: Number of classes now.
+        names: Name of every image of the set now; checked against the saved names where both exist.
+
+    Raises:
+        ValueError: If a file is missing, damaged, or was written for another set of images; the message names it.
+    """
+    labels = np.array(labels, dtype=np.int64)
+    parts = {}
+    for role in ("labelled", "unlabelled"):
+        path = Path(folder) / f"{role}.txt"
+        header, rows = _read_saved(path, role)
+        if header[:2] != (len(labels), num_classes):
+            raise ValueError(
+                f"{path} was written for {header[0]} images of {header[1]} classes, "
+                f"the data set has {len(labels)} of {num_classes}"
+            )
+        skip = 2 if role == "labelled" else 1
+        positions = _check_positions(str(path), np.array([int(row[0]) for row in rows], dtype=np.int64), len(labels))
+        if role == "labelled":
+            _fill_labels(path, labels, rows)
+        if names is not None:
+            _check_names(path, names, rows, skip)
+        parts[role] = (positions, header[2])
+    split = LabelSplit(labels, parts["labelled"][0], parts["unlabelled"][0], num_classes)
+    for role, (_, sha256) in parts.items():
+        if split.sha256 != sha256:
+            raise ValueError(f"{Path(folder) / role}.txt is damaged: sha256 {split.sha256}, its header says {sha256}")
+    return split
+
+
+def _read_saved(path: Path, role: str) -> tuple[tuple[int, int, str], list[list[str]]]:
+    if not path.is_file():
+        raise ValueError(f"saved split {path} does not exist")
+    first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    match = _HEADER_PATTERN.fullmatch(first)
+    if match is None or match[1] != role:
+        raise ValueError(f"{path} is not a saved {role} split: its first line is {first[:80]!r}")
+    columns = 2 if role == "labelled" else 1
+    rows = [line.split(" ", columns) for line in lines]
+    if len(rows) != int(match[2]):
+        raise ValueError(f"{path} is damaged: {len(rows)} entries, its header says {match[2]}")
+    for number, row in enumerate(rows, start=2):
+        if len(row) < columns or not all(re.fullmatch(r"\d+", value) for value in row[:columns]):
+            raise ValueError(f"{path}, line {number}: {' '.join(row)!r} does not start with {columns} numbers")
+    return (int(match[3]), int(match[4]), match[5]), rows
+
+
+def _fill_labels(path: Path, labels: np.ndarray, rows: list[list[str]]) -> None:
+    for row in rows:
+        index, label = int(row[0]), int(row[1])
+        if labels[index] not in (UNKNOWN, label):
+            raise ValueError(f"{path} says class {label} for image {index}, the data set says {labels[index]}")
+        labels[index] = label
+
+
+def _check_names(path: Path, names: Sequence[str], rows: list[list[str]], column: int) -> None:
+    for row in rows:
+        if len(row) > column and names[int(row[0])] != row[column]:
+            raise ValueError(f"{path} says {row[column]!r} is image {row[0]}, the data set has {names[int(row[0])]!r}")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,252 @@
+"""Where images come from: one indexable view on timm's datasets, plain folders and embedded digits."""
+
+import os
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
+
+from semivim.data.label_split import UNKNOWN
+
+# What Pillow raises on files that are not, or no longer, images; a decompression bomb is no OSError.
+_DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
+
+_ITERABLE_PREFIXES = ("wds/", "hfids/", "tfds/")
+_WORKING_SOURCES = "a folder or .tar with one sub-folder a class, 'torch/<name>', 'hfds/<name>' or 'embedded/digits'"
+
+
+class UnreadableImageError(RuntimeError):
+    """An image that cannot be decoded; the message names it."""
+
+
+class ImageSource:
+    """Images by index, with a label each.
+
+    Args:
+        read: Gives the image of an index, decoded or not.
+        labels: Class of each image, ``(n,)``; -1 where unknown.
+        class_names: Names of the classes, in the order of their labels; None where the format has none.
+        names: Unique name of each image, a path relative to ``root`` for files; None where images have no names.
+        root: Folder that names are relative to.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Image.Image],
+        labels: Sequence[int] | np.ndarray,
+        class_names: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
+        root: str | None = None,
+    ) -> None:
+        self.read = read
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.class_names = None if class_names is None else list(class_names)
+        self.names = None if names is None else list(names)
+        self.root = root
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of named classes, else one more than the largest label."""
+        return len(self.class_names) if self.class_names else int(self.labels.max(initial=UNKNOWN)) + 1
+
+    def describe(self, index: int) -> str:
+        """Name an image in a message."""
+        return f"image {index}" if self.names is None else os.path.join(self.root or "", self.names[index])
+
+    def image(self, index: int) -> Image.Image:
+        """Decode one image.
+
+        Raises:
+            UnreadableImageError: If the file is missing, not an image, truncated, or over Pillow's size limit.
+        """
+        try:
+            image = self.read(index)
+            image.load()
+        except _DECODING_ERRORS as error:
+            raise UnreadableImageError(f"unreadable image {self.describe(index)}: {error}") from error
+        return image
+
+
+def open_source(
+    dataset: str, data_dir: str | None = None, split: str = "train", num_classes: int | None = None, **options: Any
+) -> ImageSource:
+    """Open a data set by timm's name for it, or ``embedded/digits``.
+
+    Args:
+        dataset: '' or 'folder' for class folders, 'torch/<name>', 'hfds/<name>', 'embedded/digits'.
+        data_dir: Root of the data; a sub-folder named after the split is used where there is one.
+        split: Name of the split.
+        num_classes: Number of classes that labels must stay below; not checked if None.
+        **options: More of timm's ``create_dataset`` arguments (class_map, download, ...).
+
+    Raises:
+        ValueError: If the source cannot be read by index, is missing or empty, or has labels out of range.
+    """
+    if dataset == "embedded/digits":
+        source = _open_digits(split)
+    elif dataset.startswith("embedded/"):
+        raise ValueError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits'")
+    else:
+        source = _open_timm(dataset, data_dir, split, **options)
+    if len(source) == 0:
+        raise ValueError(f"dataset {dataset!r}, split {split!r}: no images in {data_dir!r}")
+    if num_classes is not None and source.num_classes > num_classes:
+        raise ValueError(
+            f"num_classes is {num_classes}, but dataset {dataset!r} has {source.num_classes} classes (split {split!r})"
+        )
+    return source
+
+
+def open_unlabelled_folder(root: str) -> ImageSource:
+    """Find every image below a folder; sub-folders mean nothing and no label is known.
+
+    Raises:
+        ValueError: If the folder is missing or holds no image.
+    """
+    if not os.path.isdir(root):
+        raise ValueError(f"unlabelled folder {root!r} is not a directory")
+    extensions = get_img_extensions(as_set=True)
+    names = [
+        os.path.relpath(os.path.join(folder, file), root)
+        for folder, _, files in os.walk(root, followlinks=True)
+        for file in files
+        if os.path.splitext(file)[1].lower() in extensions
+    ]
+    if not names:
+        raise ValueError(f"unlabelled folder {root!r} holds no image ({', '.join(sorted(extensions))})")
+    names.sort(key=natural_key)
+    return ImageSource(_FileReader(root, names), np.full(len(names), UNKNOWN), names=names, root=root)
+
+
+def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
+    """Append the images of one source to another's; the classes are the first one's."""
+    names, root = None, None
+    if first.names is not None and second.names is not None and first.root and second.root:
+        root = os.path.commonpath([os.path.abspath(first.root), os.path.abspath(second.root)])
+        names = [
+            os.path.relpath(os.path.join(source.root or "", name), root)
+            for source in (first, second)
+            for name in source.names or ()
+        ]
+    labels = np.concatenate([first.labels, second.labels])
+    return ImageSource(_JoinedReader(first, second), labels, first.class_names, names, root)
+
+
+class _FileReader:
+    def __init__(self, root: str, names: Sequence[str]) -> None:
+        self.root, self.names = root, names
+
+    def __call__(self, index: int) -> Image.Image:
+        with open(os.path.join(self.root, self.names[index]), "rb") as file:
+            image = Image.open(file)
+            image.load()
+        return image
+
+
+class _JoinedReader:
+    def __init__(self, first: ImageSource, second: ImageSource) -> None:
+        self.first, self.second = first, second
+
+    def __call__(self, index: int) -> Image.Image:
+        n = len(self.first)
+        return self.first.image(index) if index < n else self.second.image(index - n)
+
+
+class _TimmReader:
+    """timm's readers without ImageDataset, which puts the next image in the place of one it cannot read."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __call__(self, index: int) -> Image.Image:
+        file, *_ = self.reader[index]
+        with file:
+            image = Image.open(file)
+            image.load()
+        return image
+
+
+class _PairReader:
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.dataset[index][0]
+
+
+class _ArrayReader:
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+
+    def __call__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+def _open_timm(dataset: str, data_dir: str | None, split: str, **options: Any) -> ImageSource:
+    if dataset.lower().startswith(_ITERABLE_PREFIXES):
+        raise ValueError(
+            f"dataset {dataset!r} is a stream: a label split needs images by index; wanted {_WORKING_SOURCES}"
+        )
+    needs_folder = not dataset.lower().startswith("hfds/") and not (data_dir and options.get("download"))
+    if needs_folder and not os.path.exists(data_dir or ""):
+        raise ValueError(f"data_dir {data_dir!r} does not exist (dataset {dataset!r})")
+    opened = create_dataset("" if dataset == "folder" else dataset, root=data_dir, split=split, **options)
+    reader = getattr(opened, "reader", None)
+    if reader is None:
+        return _from_torchvision(dataset, opened)
+    class_names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    if hasattr(reader, "iter_targets"):  # Hugging Face
+        return ImageSource(_TimmReader(reader), list(reader.iter_targets()), class_names)
+    if hasattr(reader, "targets"):  # tar
+        return ImageSource(_TimmReader(reader), reader.targets, class_names, reader.filenames(), reader.root)
+    labels = [label for _, label in reader.samples]
+    return ImageSource(_TimmReader(reader), labels, class_names, reader.filenames(), reader.root)
+
+
+def _from_torchvision(dataset: str, opened: Any) -> ImageSource:
+    labels = getattr(opened, "targets", None)
+    if labels is None:
+        raise ValueError(f"dataset {dataset!r} gives no list of labels; wanted {_WORKING_SOURCES}")
+    if isinstance(opened.samples if hasattr(opened, "samples") else None, list):  # class folders
+        names = [os.path.relpath(path, opened.root) for path, _ in opened.samples]
+        return ImageSource(_FileReader(opened.root, names), labels, opened.classes, names, opened.root)
+    return ImageSource(_PairReader(opened), labels, getattr(opened, "classes", None))
+
+
+_DIGITS_TEST_PER_CLASS = 50
+_DIGITS_PX = 32
+
+
+def _open_digits(split: str) -> ImageSource:
+    """Open scikit-learn's 8x8 digits, 1,297 to train on and 50 of each class to test on, drawn once and for all.
+
+    The digits are enlarged here rather than by the views: crops of an 8-pixel image know only a handful of positions.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("dataset 'embedded/digits' needs scikit-learn: pip install 'semivim[demo]'") from error
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    rank = np.empty(len(order), dtype=np.int64)  # of an image among those of its class, in random order
+    for label in range(10):
+        members = order[digits.target[order] == label]
+        rank[members] = np.arange(len(members))
+    if split in ("train", "training"):
+        chosen = np.flatnonzero(rank >= _DIGITS_TEST_PER_CLASS)
+    elif split in ("val", "valid", "validation", "test", "eval"):
+        chosen = np.flatnonzero(rank < _DIGITS_TEST_PER_CLASS)
+    else:
+        raise ValueError(f"split {split!r} of 'embedded/digits' does not exist; wanted 'train' or 'validation'")
+    small = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+    size = (_DIGITS_PX, _DIGITS_PX)
+    pixels = np.stack([np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC)) for digit in small])
+    return ImageSource(_ArrayReader(pixels), digits.target[chosen], [str(label) for label in range(10)])
