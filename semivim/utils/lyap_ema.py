@@ -8,7 +8,7 @@ V, and the test of V is decided before the teacher is written.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ V_DECREASE = 1e-3  # outside the ball V must lose this share at every step
 REF_MOMENTUM = 0.99  # running mean of d, over about 100 steps
 GUARD_WINDOW = 1000  # steps of the running guard rate
 GUARD_ALARM = 0.2
+CHUNK_NUMEL = 2**20
 
 # What a mode fixes; a name that a mode lacks does not apply to it.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -359,14 +360,17 @@ class LyapEmaV3(ModelEmaV3):
 
     def _measure(self, student: list[torch.Tensor], teacher: list[torch.Tensor]) -> tuple[float, float]:
         """||student - teacher|| and ||teacher||, with one host sync, equal on all ranks."""
-        wide_student, wide_teacher = [_wide(s) for s in student], [_wide(t) for t in teacher]
-        difference: Sequence[torch.Tensor]
-        if self.foreach:
-            difference = torch._foreach_sub(wide_student, wide_teacher)
-        else:
-            difference = [s - t for s, t in zip(wide_student, wide_teacher, strict=True)]
-        norms = [get_total_norm(x, foreach=self.foreach) for x in (difference, wide_teacher)]
-        scalars = torch.stack(norms)
+        differences, norms = [], []
+        for chunk in _chunks(student, teacher):
+            wide_student, wide_teacher = [_wide(s) for s, _ in chunk], [_wide(t) for _, t in chunk]
+            difference: Sequence[torch.Tensor]
+            if self.foreach:
+                difference = torch._foreach_sub(wide_student, wide_teacher)
+            else:
+                difference = [s - t for s, t in zip(wide_student, wide_teacher, strict=True)]
+            differences.append(get_total_norm(difference, foreach=self.foreach))
+            norms.append(get_total_norm(wide_teacher, foreach=self.foreach))
+        scalars = torch.stack([torch.linalg.vector_norm(torch.stack(x)) for x in (differences, norms)])
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(scalars, src=0)
         distance, norm = scalars.tolist()
@@ -404,6 +408,21 @@ class LyapEmaV3(ModelEmaV3):
                 GUARD_WINDOW,
                 self.v_radius,
             )
+
+
+def _chunks(
+    student: list[torch.Tensor], teacher: list[torch.Tensor]
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Runs of tensors of about CHUNK_NUMEL elements: their difference stays in cache and is not as big as the model."""
+    chunk, numel = [], 0
+    for pair in zip(student, teacher, strict=True):
+        chunk.append(pair)
+        numel += pair[0].numel()
+        if numel >= CHUNK_NUMEL:
+            yield chunk
+            chunk, numel = [], 0
+    if chunk:
+        yield chunk
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
