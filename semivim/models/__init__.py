@@ -1,0 +1,1 @@
+from semivim.models.vim import Vim as Vim
