@@ -1,0 +1,16 @@
+"""Entry points for `torch.hub`: every model of semivim, by the name timm knows it under.
+
+`torch.hub.load("OWNER/REPO", "vim_tiny_patch16_224", pretrained=True, trust_repo=True)`, or with `source="local"` and
+the path of a checkout. Keywords are those of `timm.create_model`.
+"""
+
+import timm as _timm
+
+import semivim as _semivim
+
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numba"]
+
+for _name in _timm.list_models():
+    _entrypoint = _timm.model_entrypoint(_name)
+    if _entrypoint.__module__.startswith(f"{_semivim.__name__}."):
+        globals()[_name] = _entrypoint

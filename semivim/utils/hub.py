@@ -1,0 +1,130 @@
+"""Publish a training run to the Hugging Face Hub, and do not say done before it has been downloaded again."""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import timm
+import torch
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from semivim.utils.hub_session import HubError, fetch, hub_session, sha256
+from semivim.utils.model_card import RUN_FILES, Run, model_card, public_args, read_run
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was published: its address, the commit ("" for a dry run), the files with their sizes in bytes, the card."""
+
+    url: str
+    commit: str
+    files: dict[str, int]
+    card: str
+
+
+def publish(
+    run_dir: str | Path, repo_id: str, tag: str | None = None, private: bool = False, dry_run: bool = False
+) -> Publication:
+    """Upload the best teacher of a train_ssl.py run, download it into an empty cache, compare logits bit for bit.
+
+    Args:
+        run_dir: Run folder, with ``model.safetensors`` and ``config.json`` of the best teacher.
+        repo_id: Repository ``org/name``; made if it does not exist.
+        tag: Name to give the commit, not yet in use.
+        private: Publish to a private repository; an existing public one is refused.
+        dry_run: Check the run and write the card, but send nothing.
+
+    Returns:
+        What was, or would be, published.
+
+    Raises:
+        ValueError: If the run folder is incomplete, its weights do not load or give non-finite logits, or ``repo_id``
+            is not ``org/name``.
+        HubError: If the Hub or the network fails, the repository's visibility or the tag is in the way, or what comes
+            back is not what was sent.
+    """
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id: wanted org/name, got {repo_id!r}")
+    validate_repo_id(repo_id)
+    run = read_run(Path(run_dir))
+    with TemporaryDirectory(prefix="semivim-publish-") as stage_dir:
+        stage = Path(stage_dir)
+        card = _stage(run, stage, repo_id, tag or "")
+        images, logits = _reference_logits(stage)
+        files = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
+        api = HfApi(library_name="semivim", library_version=version("semivim"))
+        url = f"{api.endpoint}/{repo_id}"
+        if dry_run:
+            return Publication(url, "", files, card)
+        with hub_session(repo_id):
+            commit = _upload(api, stage, repo_id, tag, private)
+        _logger.info("Uploaded to %s, commit %s; checking it from an empty cache", url, commit)
+        _check_upload(stage, repo_id, tag or commit, images, logits)
+    return Publication(url, commit, files, card)
+
+
+def _stage(run: Run, stage: Path, repo_id: str, revision: str) -> str:
+    """Lay out the files to upload, without paths of this machine and without any pickle; return the card."""
+    for name in RUN_FILES:
+        shutil.copyfile(run.folder / name, stage / name)
+    args, _ = public_args(run.args)
+    (stage / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False), encoding="utf-8")
+    card = model_card(run, repo_id, revision, version("semivim"))
+    (stage / "README.md").write_text(card, encoding="utf-8")
+    return card
+
+
+def _reference_logits(stage: Path) -> tuple[Tensor, Tensor]:
+    """Two fixed random images and the logits that the staged weights give them."""
+    try:
+        model = timm.create_model(f"local-dir:{stage}", pretrained=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"run_dir: the weights do not load: {' '.join(str(error).split())[:300]}") from error
+    size = timm.data.resolve_input_data_config(model)["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    logits = _logits(model, images)
+    if not logits.isfinite().all():
+        raise ValueError("run_dir: the weights give logits that are not finite")
+    return images, logits
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    return model.eval()(images)
+
+
+def _upload(api: HfApi, stage: Path, repo_id: str, tag: str | None, private: bool) -> str:
+    """Create the repository if need be, upload the folder in one commit, tag it, return the commit."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise HubError(f"{repo_id}: {api.endpoint}/{repo_id}: exists and is public, wanted a private repository")
+    if tag and tag in [ref.name for ref in api.list_repo_refs(repo_id).tags]:
+        raise HubError(f"{repo_id}: {api.endpoint}/{repo_id}: tag {tag} exists, wanted a new one")
+    architecture = json.loads((stage / "config.json").read_text(encoding="utf-8"))["architecture"]
+    commit = api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message=f"Add {architecture}").oid
+    if tag:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+    return commit
+
+
+def _check_upload(stage: Path, repo_id: str, revision: str, images: Tensor, logits: Tensor) -> None:
+    """Fail unless the published files, fetched into an empty cache, are the staged ones and give the same logits."""
+    with TemporaryDirectory(prefix="semivim-check-") as cache:
+        for path in stage.iterdir():
+            found = sha256(fetch(repo_id, path.name, revision, cache))
+            if found != sha256(path):
+                raise HubError(f"{repo_id}: {path.name} at {revision} has SHA-256 {found}, wanted {sha256(path)}")
+        with hub_session(repo_id):
+            model = timm.create_model(f"hf-hub:{repo_id}@{revision}", pretrained=True, cache_dir=cache)
+        if not torch.equal(_logits(model, images), logits):
+            raise HubError(f"{repo_id}: the weights at {revision} give other logits than the run's")

@@ -1,0 +1,244 @@
+"""The model card of a training run: what a reader must know before using the weights, taken from the run's files."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RUN_FILES = ("model.safetensors", "config.json", "args.yaml", "metrics.json", "summary.csv", "curves.png")
+# where a run was written or resumed from is no part of how to repeat it
+_PLACE_FLAGS = ("output", "experiment", "resume")
+_RECIPE_FLAGS = ("seed", "epochs", "batch_size", "opt", "lr", "lr_base", "weight_decay", "sched", "warmup_epochs")
+_METRICS = {
+    "top1": "top-1 (%)",
+    "top5": "top-5 (%)",
+    "balanced_acc": "balanced accuracy (%)",
+    "worst_class_recall": "worst class recall (%)",
+    "many": "recall, many-label classes (%)",
+    "medium": "recall, medium-label classes (%)",
+    "few": "recall, few-label classes (%)",
+}
+_CITATION = """\
+@inproceedings{he2025semivim,
+  title     = {Semi-ViM: Bidirectional State Space Model for Mitigating Label Imbalance in Semi-Supervised Learning},
+  author    = {He, Hongyang and Xie, Hongyang and You, Haochen and Sanchez, Victor},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year      = {2025}
+}
+@article{zhu2024vision,
+  title   = {Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model},
+  author  = {Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},
+  journal = {arXiv preprint arXiv:2401.09417},
+  year    = {2024}
+}"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The readable files of a finished run folder."""
+
+    folder: Path
+    args: dict[str, Any]
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    epochs: int
+
+
+def read_run(folder: Path) -> Run:
+    """Read a folder written by train_ssl.py.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        ValueError: If a file is missing, unreadable or without the values a card needs.
+    """
+    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"run_dir: wanted a finished run of train_ssl.py, {folder} lacks {', '.join(missing)}")
+    args = _read(folder / "args.yaml", yaml.safe_load, yaml.YAMLError)
+    config = _read(folder / "config.json", json.loads, json.JSONDecodeError)
+    metrics = _read(folder / "metrics.json", json.loads, json.JSONDecodeError)
+    for name, value, keys in (
+        ("config.json", config, ("architecture", "num_classes")),
+        ("metrics.json", metrics, ("student", "teacher", "split")),
+    ):
+        absent = [key for key in keys if key not in value]
+        if absent:
+            raise ValueError(f"run_dir: {folder / name} lacks {', '.join(absent)}")
+    with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
+        epochs = len(list(csv.DictReader(file)))
+    return Run(folder, args, config, metrics, epochs)
+
+
+def public_args(args: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The flags that repeat a run elsewhere, and the flags whose value is a path of this machine.
+
+    Args:
+        args: Flags of the run, as in ``args.yaml``.
+
+    Returns:
+        Flags to publish, and the names of those left out because the reader has to fill in a path of their own.
+    """
+    local = [key for key, value in args.items() if key not in _PLACE_FLAGS and _is_local(value)]
+    return {key: value for key, value in args.items() if key not in (*_PLACE_FLAGS, *local)}, local
+
+
+def model_card(run: Run, repo_id: str, revision: str, version: str) -> str:
+    """The README.md of a published run.
+
+    Args:
+        run: The run.
+        repo_id: ``org/name``.
+        revision: Tag to load, or "" for the main branch.
+        version: Version of this package.
+
+    Returns:
+        Markdown with the Hub's YAML head.
+    """
+    architecture, args, split = run.config["architecture"], run.args, run.metrics["split"]
+    license_id = run.config.get("pretrained_cfg", {}).get("license", "apache-2.0")
+    head = {
+        "license": license_id,
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "semivim", "vision-mamba", "semi-supervised-learning"],
+    }
+    _, local = public_args(args)
+    command = " ".join(["python train_ssl.py -c args.yaml", *(f"--{_flag(key)} {key.upper()}" for key in local)])
+    data = args.get("dataset") or "a folder of images"
+    recipe = {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None}
+    method = {key: args[key] for key in ("method", "pseudo_mixup") if args.get(key) is not None}
+    source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
+    return f"""\
+---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+# {repo_id.split("/")[-1]}
+
+`{architecture}` for {run.config["num_classes"]} classes, trained semi-supervised on \
+{split["num_labelled"]} labelled and {split["num_unlabelled"]} unlabelled images. \
+The weights are the teacher's, at its best epoch.
+
+## Use
+
+```python
+import semivim, timm  # pip install semivim
+model = timm.create_model("{source}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+or, for the labels of one image file: `semivim predict IMAGE --model {source}`
+
+## Results
+
+On the run's validation split.
+
+{_metrics_table(run.metrics)}
+
+### Recall of each class (teacher)
+
+{_recall_table(run)}
+
+![loss, accuracy and share of unlabelled images kept, over the run](curves.png)
+
+## Training
+
+{_bullets({"data": data, **{f"split {key}": value for key, value in split.items()}})}
+{_bullets({**method, **recipe, "epochs run": run.epochs, "semivim": version})}
+
+Every flag is in `args.yaml`, every number in `metrics.json`, every epoch in `summary.csv`.
+
+## Reproduce
+
+```sh
+hf download {repo_id} args.yaml --local-dir .
+{command}
+```
+
+The labelled and unlabelled images follow from the seed; the run prints the hash of its split, which has to be \
+the one above.
+
+## Intended use and limits
+
+Classifying images like those of the training data, and as a start for fine-tuning. Most training images had no label: \
+the model learned from its own guesses on them, and classes with few labels are the least reliable (see the recall of \
+each class). It has not been tested on other data, and not for decisions about people.
+
+## License
+
+{license_id}, for the weights. The training data keeps its own terms.
+
+## Citation
+
+```bibtex
+{_CITATION}
+@software{{semivim,
+  title   = {{semivim}},
+  version = {{{version}}},
+  license = {{Apache-2.0}},
+  note    = {{Vision state-space models for timm, and semi-supervised training on them}}
+}}
+```
+"""
+
+
+def _read(path: Path, parse: Any, errors: type[Exception]) -> dict[str, Any]:
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except (errors, UnicodeDecodeError) as error:
+        raise ValueError(f"run_dir: {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"run_dir: {path}: wanted a mapping, got {type(value).__name__}")
+    return value
+
+
+def _is_local(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).expanduser().is_absolute()
+
+
+def _flag(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _metrics_table(metrics: dict[str, Any]) -> str:
+    student, teacher = metrics["student"], metrics["teacher"]
+    rows = [
+        (title, _number(teacher.get(key)), _number(student.get(key)))
+        for key, title in _METRICS.items()
+        if teacher.get(key) is not None
+    ]
+    return _table(("metric", "teacher (published)", "student"), rows)
+
+
+def _recall_table(run: Run) -> str:
+    recalls = run.metrics["teacher"]["per_class_recall"]
+    names = run.config.get("label_names") or run.config.get("pretrained_cfg", {}).get("label_names") or []
+    counts = run.metrics["split"].get("labels_per_class")
+    rows = []
+    for index, recall in enumerate(recalls):
+        name = names[index] if index < len(names) else ""
+        rows.append((index, name, *((counts[index],) if counts else ()), _number(recall)))
+    return _table(("class", "name", *(("labelled images",) if counts else ()), "recall (%)"), rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    # a class name may hold what would break the table or the page
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _bullets(items: dict[str, Any]) -> str:
+    return "\n".join(f"- {key.replace('_', ' ')}: {_cell(value)}" for key, value in items.items())
