@@ -1,0 +1,333 @@
+"""LyapEmaV3: the algorithm's equations, invariants and effect."""
+
+import logging
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from semivim.utils.lyap_ema import LyapEmaV3, adaptive_decay, lyapunov_bound, lyapunov_value, projection_factor
+from tests.utils.lyap_toy import (
+    PROJECTING,
+    assert_same,
+    copies,
+    distance,
+    make_model,
+    make_optimizer,
+    snapshot,
+    teacher_of,
+    train_step,
+    trained,
+)
+
+# --- the equations ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    delta=st.floats(1e-6, 1e6),
+    norm=st.floats(1e-6, 1e6),
+    v_prev=st.floats(1e-6, 1e6),
+    gamma=st.floats(0.0, 1e3),
+    radius=st.floats(1e-3, 1.0),
+    decay=st.floats(0.0, 1.0),
+    share=st.floats(0.0, 1.0),
+)
+@settings(deadline=None)
+def test_projection_meets_the_bound_whatever_the_numbers(delta, norm, v_prev, gamma, radius, decay, share) -> None:
+    min_decay = share * decay
+    bound = lyapunov_bound(v_prev, norm, radius)
+    alpha = adaptive_decay(delta, gamma, min_decay, decay)
+    assert min_decay <= alpha <= decay * (1 + 1e-12)
+    if lyapunov_value(alpha, delta) > bound:
+        c = projection_factor(bound, alpha, delta)
+        shorter = adaptive_decay(c * delta, gamma, min_decay, decay)
+        assert 0.0 < c < 1.0
+        assert shorter <= alpha
+        assert lyapunov_value(shorter, c * delta) <= bound * (1 + 1e-12)
+
+
+def test_adaptive_decay_is_eq_9_between_a_half_and_one() -> None:
+    for scaled in (0.0, 0.3, 2.0, 50.0):
+        eq_9 = torch.sigmoid(torch.tensor(0.7 * scaled, dtype=torch.float64)).item()
+        assert adaptive_decay(scaled, 0.7, 0.5, 1.0) == pytest.approx(eq_9, rel=1e-14)
+    assert adaptive_decay(0.0, 3.0, 0.99, 0.9999) == 0.99
+    assert adaptive_decay(1.0, 3.0, 0.99, 0.9999) == pytest.approx(0.99 + 0.905 * 0.0099, rel=1e-5)
+
+
+# --- invariants 1 to 4: what an update does --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [*PROJECTING, "literal"])
+def test_update_keeps_the_identities_of_the_algorithm(mode: str) -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, mode=mode)
+    optimizer = make_optimizer(model)
+    ema.attach(optimizer, model)
+    guarded = 0
+    for step in range(1, 61):
+        for group in optimizer.param_groups:
+            group["lr"] = (0.3 if 20 <= step < 30 else 0.01) * group.get("lr_scale", 1.0)
+        train_step(model, optimizer, step)
+        before, v_prev = snapshot(ema.module), ema.v
+        teacher_before = copies(teacher_of(ema, model))
+        stats = ema.update(model)
+        after, student = ema.module.state_dict(), model.state_dict()
+
+        for name, value in after.items():
+            if value.is_floating_point():
+                expected = stats.alpha * before[name].double() + (1 - stats.alpha) * student[name].double()
+                torch.testing.assert_close(value.double(), expected, rtol=2e-7, atol=2e-7)
+            else:
+                assert torch.equal(value, student[name])
+        gap = distance(trained(model), teacher_of(ema, model))
+        assert math.sqrt(2 * stats.v) == pytest.approx(gap, rel=1e-6, abs=1e-7)
+        assert stats.distance == pytest.approx(distance(trained(model), teacher_before), rel=1e-5)
+        assert stats.v_prev == v_prev
+        assert ema.v == stats.v
+        assert ema.min_decay <= stats.alpha <= ema.decay
+        if mode in PROJECTING:
+            norm = math.sqrt(sum(t.double().square().sum().item() for t in teacher_before))
+            bound = max((1 - 1e-3) * v_prev, 0.5 * (ema.v_radius * norm) ** 2)
+            assert stats.bound == pytest.approx(bound, rel=1e-5)
+            assert stats.v <= (1 + 1e-5) * bound
+            guarded += stats.violated
+    if mode in PROJECTING:
+        assert guarded >= 5
+
+
+def test_guard_moves_the_student_along_the_line_to_its_teacher() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model)
+    teacher = copies(teacher_of(ema, model))
+    with torch.no_grad():
+        for p in trained(model):
+            p.add_(torch.randn_like(p))
+    far = copies(trained(model))
+    frozen, buffers = model[3].bias.clone(), snapshot(model[1])
+    stats = ema.update(model, 1)
+    c = 1 / (1 + stats.pull)
+    assert stats.violated
+    assert 0 < c < 1
+    for s, u, t in zip(trained(model), far, teacher, strict=True):
+        torch.testing.assert_close(s, t + c * (u - t), rtol=1e-5, atol=1e-6)
+    assert torch.equal(model[3].bias, frozen)
+    assert_same(
+        {k: v for k, v in model[1].state_dict().items() if "running" in k or "num" in k},
+        {k: v for k, v in buffers.items() if "running" in k or "num" in k},
+    )
+
+
+def test_calm_training_is_left_alone() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model)
+    optimizer = make_optimizer(model, lr=1e-4)
+    for step in range(1, 31):
+        train_step(model, optimizer, step)
+        before = snapshot(model)
+        assert not ema.update(model, step).violated
+        assert_same(model.state_dict(), before)
+
+
+def test_student_on_its_teacher_is_a_fixed_point() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model)
+    before = snapshot(model)
+    for step in range(1, 4):
+        stats = ema.update(model, step)
+        assert (stats.distance, stats.v, stats.violated) == (0.0, 0.0, False)
+    assert_same(model.state_dict(), before)
+    assert_same(ema.module.state_dict(), before)
+
+
+# --- invariant 5, warm-up and the first update -----------------------------------------------------------------------
+
+
+def test_gamma_zero_gives_min_decay() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, gamma=0.0)
+    train_step(model, make_optimizer(model), 0)
+    assert ema.update(model).alpha == 0.99
+
+
+def test_large_gamma_freezes_the_literal_teacher() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, mode="literal", gamma=1e9)
+    optimizer = make_optimizer(model)
+    ema.attach(optimizer, model)
+    before = copies(teacher_of(ema, model))
+    for step in range(5):
+        train_step(model, optimizer, step)
+        assert ema.update(model).alpha == 1.0
+    assert distance(before, teacher_of(ema, model)) == 0.0
+
+
+@pytest.mark.parametrize("mode", PROJECTING)
+def test_first_update_does_not_overwrite_a_better_teacher(mode: str) -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, mode=mode)
+    train_step(model, make_optimizer(model), 0)
+    before = copies(teacher_of(ema, model))
+    gap = distance(before, trained(model))
+    stats = ema.update(model, 1)
+    assert distance(before, teacher_of(ema, model)) == pytest.approx((1 - stats.alpha) * gap, rel=1e-4)
+    assert 0.3 < stats.alpha < 1.0
+
+
+def test_update_after_step_copies_until_then_and_warmup_counts_from_there() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, update_after_step=5)
+    optimizer = make_optimizer(model)
+    for step in range(1, 7):
+        train_step(model, optimizer, step)
+        stats = ema.update(model, step)
+        assert (stats.alpha, stats.v) == (0.0, 0.0)
+        assert_same(ema.module.state_dict(), model.state_dict())
+    train_step(model, optimizer, 7)
+    assert ema.update(model, 7).alpha == pytest.approx(1 - 3 ** (-2 / 3))
+
+
+def test_warmup_caps_alpha_then_leaves_it() -> None:
+    ema = LyapEmaV3(make_model())
+    caps = [ema.get_decay(step) for step in (0, 1, 10, 1000, 10**7)]
+    assert caps == sorted(caps)
+    assert caps[0] == caps[1] == pytest.approx(1 - 2 ** (-2 / 3))
+    assert caps[-1] == ema.get_decay() == 0.9999
+    assert LyapEmaV3(make_model(), use_warmup=False).get_decay(1) == 0.9999
+
+
+# --- invariants 6 and 10: Algorithm 1 as printed ---------------------------------------------------------------------
+
+
+def test_literal_first_step_fails_its_test_and_is_recomputed_once() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, mode="literal", pull=0.02, pull_step=0.03)
+    optimizer = make_optimizer(model, name="sgd")
+    ema.attach(optimizer, model)
+    start = copies(trained(model))
+    train_step(model, optimizer, 0)
+    full = copies(trained(model))
+    stats = ema.update(model)
+    assert stats.violated
+    assert stats.pull == ema.pull == 0.05
+    assert stats.lr_scale == 0.5
+    assert optimizer.param_groups[0]["lr"] == 0.5e-2
+    assert optimizer.param_groups[0]["lr_scale"] == 0.5
+    for s, s0, u in zip(trained(model), start, full, strict=True):
+        torch.testing.assert_close(s, s0 + 0.5 * (u - s0))
+
+
+def test_literal_pull_is_explicit() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, mode="literal", pull=0.1, gamma=0.5)
+    ema.v = 1e9
+    optimizer = make_optimizer(model, name="sgd")
+    ema.attach(optimizer, model)
+    with torch.no_grad():
+        for p in trained(model):
+            p.add_(0.1 * torch.randn_like(p))
+    start, teacher = copies(trained(model)), copies(teacher_of(ema, model))
+    train_step(model, optimizer, 0)
+    full = copies(trained(model))
+    stats = ema.update(model)
+    assert not stats.violated
+    for s, s0, u, t in zip(trained(model), start, full, teacher, strict=True):
+        torch.testing.assert_close(s, u + 0.1 * (t - s0))
+    assert stats.alpha == pytest.approx(1 / (1 + math.exp(-0.5 * stats.distance)))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_optimizer_displacement_is_linear_in_the_learning_rate(name: str) -> None:
+    moved = []
+    for scale in (1.0, 0.5):
+        model = make_model()
+        optimizer = make_optimizer(model, name=name)
+        for step in range(3):
+            train_step(model, optimizer, step)
+        optimizer.param_groups[0]["lr"] *= scale
+        before = copies(trained(model))
+        train_step(model, optimizer, 3)
+        moved.append([a.double() - b.double() for a, b in zip(trained(model), before, strict=True)])
+    for whole, half in zip(*moved, strict=True):
+        torch.testing.assert_close(half, 0.5 * whole, rtol=1e-4, atol=2e-7)
+
+
+def test_literal_stops_training(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    with caplog.at_level(logging.WARNING):
+        ema = LyapEmaV3(model, mode="literal")
+    assert "stops training" in caplog.text
+    optimizer = make_optimizer(model, lr=0.05)
+    for step in range(200):
+        train_step(model, optimizer, 1000 + step)
+    ema.set(model)
+    ema.attach(optimizer, model)
+    lr_scale = []
+    for step in range(40):
+        train_step(model, optimizer, step)
+        lr_scale.append(ema.update(model).lr_scale)
+    assert lr_scale[0] == 0.5
+    assert lr_scale[19] < 0.02
+    assert lr_scale[39] < 2e-3
+
+
+def test_literal_asks_to_be_attached() -> None:
+    model = make_model()
+    with pytest.raises(RuntimeError, match="attach"):
+        LyapEmaV3(model, mode="literal").update(model)
+
+
+# --- the guard at work -----------------------------------------------------------------------------------------------
+
+
+def test_guard_turns_a_learning_rate_spike_into_a_recovery() -> None:
+    """Self-training on the teacher's own targets: what a spike does to the plain teacher is not undone."""
+
+    def final_loss(**kwargs: object) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 5))
+        ema = LyapEmaV3(model, **kwargs)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        generator = torch.Generator().manual_seed(0)
+        label = nn.Linear(12, 5).requires_grad_(False)
+        for step in range(1, 301):
+            x = torch.randn(64, 12, generator=generator)
+            optimizer.param_groups[0]["lr"] = 3e-3 * (100 if 200 <= step < 220 else 1)
+            target = label(x) if step < 200 else ema(x).detach()
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ema.update(model)
+        x = torch.randn(500, 12, generator=generator)
+        return (ema(x) - label(x)).square().mean().item()
+
+    plain, guarded = final_loss(mode="ema", decay=0.95), final_loss(decay=0.999, min_decay=0.95)
+    assert guarded < 0.1 * plain
+
+
+def test_guard_that_rules_the_training_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, v_radius=1e-4)
+    optimizer = make_optimizer(model)
+    with caplog.at_level(logging.WARNING):
+        for step in range(300):
+            train_step(model, optimizer, step)
+            ema.update(model)
+    assert 0.2 < ema.guard_rate < 0.27
+    assert caplog.text.count("raise v_radius") == 1
+
+
+def test_half_precision_student_is_held_to_the_bound() -> None:
+    model = make_model(torch.bfloat16)
+    ema = LyapEmaV3(model, dtype=torch.float32)
+    teacher = copies(teacher_of(ema, model))
+    with torch.no_grad():
+        for p in trained(model):
+            p.add_(torch.randn_like(p))
+    stats = ema.update(model)
+    assert stats.violated
+    assert distance(trained(model), teacher) == pytest.approx(stats.distance, rel=2e-2)
+    assert next(ema.module.parameters()).dtype == torch.float32

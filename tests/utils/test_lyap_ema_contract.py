@@ -1,0 +1,276 @@
+"""LyapEmaV3 as a drop-in for timm's ModelEmaV3: equality, resume, AMP, replicas, refused options."""
+
+import copy
+import io
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import semivim.utils.lyap_ema as lyap_ema
+from semivim.utils.lyap_ema import LyapEmaV3, LyapStats
+from tests.utils.lyap_toy import (
+    PROJECTING,
+    assert_same,
+    copies,
+    distance,
+    make_model,
+    make_optimizer,
+    snapshot,
+    spiked_run,
+    train_step,
+    trained,
+)
+
+# --- invariants 7 and 12: timm's ModelEmaV3 --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exclude_buffers", [False, True])
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"decay": 0.9, "use_warmup": True, "min_decay": 0.1, "update_after_step": 3},
+        {"dtype": torch.float64},
+        {"dtype": torch.bfloat16, "stochastic_rounding_seed": 3},
+    ],
+    ids=["defaults", "warmup", "float64", "bfloat16"],
+)
+def test_mode_ema_is_bit_equal_to_timm(kwargs: dict, foreach: bool, exclude_buffers: bool) -> None:
+    model = make_model()
+    emas = [
+        c(model, foreach=foreach, exclude_buffers=exclude_buffers, **kwargs, **extra)
+        for c, extra in ((ModelEmaV3, {}), (LyapEmaV3, {"mode": "ema"}))
+    ]
+    optimizer = make_optimizer(model, lr=0.1)
+    for step in range(1, 13):
+        train_step(model, optimizer, step)
+        before = snapshot(model)
+        for ema in emas:
+            ema.update(model, step if kwargs else None)
+        assert_same(emas[0].state_dict(), emas[1].state_dict())
+        assert_same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("mode", PROJECTING)
+@pytest.mark.parametrize("exclude_buffers", [False, True])
+def test_foreach_and_loop_paths_agree(mode: str, exclude_buffers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lyap_ema, "CHUNK_NUMEL", 100)
+    results = []
+    for foreach in (True, False):
+        model = make_model()
+        ema = LyapEmaV3(model, mode=mode, foreach=foreach, exclude_buffers=exclude_buffers)
+        stats = spiked_run(ema, model, range(1, 41))
+        assert any(s.violated for s in stats)
+        results.append((stats, model.state_dict(), ema.state_dict()))
+    assert results[0][0] == results[1][0]
+    assert_same(results[0][1], results[1][1])
+    assert_same(results[0][2], results[1][2])
+
+
+def test_chunks_do_not_change_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    for numel in (1, 100, 2**20):
+        monkeypatch.setattr(lyap_ema, "CHUNK_NUMEL", numel)
+        model = make_model()
+        ema = LyapEmaV3(model)
+        train_step(model, make_optimizer(model), 0)
+        measured.append(ema.update(model).distance)
+    assert measured == pytest.approx([measured[0]] * 3, rel=1e-6)
+
+
+def test_contract_of_model_ema() -> None:
+    model = make_model()
+    ema, timm_ema = LyapEmaV3(model, 0.999, 0.5), ModelEmaV3(model, 0.999, 0.5)
+    assert ema.state_dict().keys() == timm_ema.state_dict().keys()
+    assert not ema.module.training
+    assert (ema.decay, ema.min_decay) == (0.999, 0.5)
+    assert set(vars(timm_ema)) <= set(vars(ema))
+    x = torch.randn(3, 12)
+    assert torch.equal(ema(x), ema.module(x))
+    spiked_run(ema, model, range(1, 25))
+    for twin in (copy.deepcopy(ema), pickle.loads(pickle.dumps(ema))):
+        assert_same(twin.state_dict(), ema.state_dict())
+        assert twin.lyap_state_dict() == ema.lyap_state_dict()
+    ema.set(model)
+    assert_same(ema.module.state_dict(), model.state_dict())
+    assert (ema.v, ema.ref) == (0.0, 0.0)
+
+
+# --- invariant 8: resume ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [*PROJECTING, "literal"])
+def test_resume_continues_to_the_bit(mode: str) -> None:
+    def build() -> tuple[nn.Module, LyapEmaV3, torch.optim.Optimizer]:
+        model = make_model()
+        ema = LyapEmaV3(model, mode=mode)
+        optimizer = make_optimizer(model, lr=0.05)
+        ema.attach(optimizer, model)
+        return model, ema, optimizer
+
+    def run(parts: tuple, steps: range) -> None:
+        model, ema, optimizer = parts
+        for step in steps:
+            train_step(model, optimizer, step)
+            ema.update(model, step)
+
+    whole, first, resumed = build(), build(), build()
+    run(whole, range(1, 21))
+    run(first, range(1, 11))
+    file = io.BytesIO()
+    model, ema, optimizer = first
+    torch.save([model.state_dict(), ema.module.state_dict(), ema.lyap_state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    for load, state in zip(
+        (
+            resumed[0].load_state_dict,
+            resumed[1].module.load_state_dict,
+            resumed[1].load_lyap_state_dict,
+            resumed[2].load_state_dict,
+        ),
+        saved,
+        strict=True,
+    ):
+        load(state)
+    run(resumed, range(11, 21))
+    assert_same(whole[0].state_dict(), resumed[0].state_dict())
+    assert_same(whole[1].state_dict(), resumed[1].state_dict())
+    assert whole[1].lyap_state_dict() == resumed[1].lyap_state_dict()
+
+
+def test_load_refuses_another_set_of_scalars() -> None:
+    ema = LyapEmaV3(make_model())
+    with pytest.raises(ValueError, match="state must have the keys"):
+        ema.load_lyap_state_dict({"v": 1.0})
+
+
+# --- invariant 9 and non-finite students -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [*PROJECTING, "literal", "ema"])
+def test_skipped_amp_step_changes_nothing(mode: str) -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, mode=mode)
+    optimizer = make_optimizer(model)
+    ema.attach(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu")
+
+    def step(poison: bool) -> LyapStats:
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(8, 12)).square().mean()).backward()
+        if poison:
+            model[0].weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        return ema.update(model)
+
+    assert not step(poison=False).skipped
+    student, teacher, scalars = copies(trained(model)), snapshot(ema.module), ema.lyap_state_dict()
+    assert step(poison=True).skipped
+    assert distance(student, trained(model)) == 0.0
+    assert_same(ema.module.state_dict(), teacher)
+    assert ema.lyap_state_dict() == scalars
+    assert not step(poison=False).skipped
+
+
+@pytest.mark.parametrize("mode", [*PROJECTING, "literal"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nonfinite_student_touches_nothing(mode: str, bad: float) -> None:
+    for on_nonfinite in ("raise", "skip"):
+        model = make_model()
+        ema = LyapEmaV3(model, mode=mode, on_nonfinite=on_nonfinite)
+        optimizer = make_optimizer(model)
+        ema.attach(optimizer, model)
+        train_step(model, optimizer, 0)
+        with torch.no_grad():
+            model[0].weight[0, 0] = bad
+        student, teacher, scalars = snapshot(model), snapshot(ema.module), ema.lyap_state_dict()
+        if on_nonfinite == "raise":
+            with pytest.raises(FloatingPointError, match="student is not finite"):
+                ema.update(model)
+        else:
+            assert ema.update(model).skipped
+        assert_same(ema.module.state_dict(), teacher)
+        assert ema.lyap_state_dict() == scalars
+        for name, value in model.state_dict().items():
+            assert torch.equal(value.nan_to_num(), student[name].nan_to_num()), name
+
+
+# --- invariant 11: replicas ------------------------------------------------------------------------------------------
+
+
+def replica(rank: int, folder: str, synced: bool) -> None:
+    """One rank of a two-rank run whose second rank measures norms that are off by 3e-7."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    exact = lyap_ema.get_total_norm
+    lyap_ema.get_total_norm = lambda *args, **kwargs: exact(*args, **kwargs) * (1 + 3e-7 * rank)
+    if not synced:
+        lyap_ema.dist.broadcast = lambda *args, **kwargs: None
+    model = make_model()
+    ema = LyapEmaV3(model)
+    stats = spiked_run(ema, model, range(1, 41))
+    assert any(s.violated for s in stats)
+    torch.save([model.state_dict(), ema.state_dict(), ema.lyap_state_dict()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_replicas_stay_equal_to_the_bit(synced: bool, tmp_path: Path) -> None:
+    """Two ranks, the second with a norm off by rounding; without the broadcast the same run drifts apart."""
+    torch.multiprocessing.spawn(replica, (str(tmp_path), synced), nprocs=2)
+    (student, teacher, scalars), other = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
+    if synced:
+        assert_same(student, other[0])
+        assert_same(teacher, other[1])
+        assert scalars == other[2]
+    else:
+        assert any(not torch.equal(student[name], other[0][name]) for name in student)
+
+
+# --- refused options -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"mode": "exact"}, "mode must be one of"),
+        ({"mode": "ema", "v_radius": 0.1}, "v_radius does not apply to mode 'ema'"),
+        ({"mode": "literal", "decay": 0.99}, "decay does not apply to mode 'literal'"),
+        ({"pull": 0.1}, "pull does not apply to mode 'default'"),
+        ({"decay": 0.9}, "min_decay <= decay"),
+        ({"v_radius": -0.1}, "v_radius must not be negative, got -0.1"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be 'raise' or 'skip', got 'ignore'"),
+        ({"device": torch.device("meta")}, "device must be the student's"),
+    ],
+)
+def test_wrong_options_are_named(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LyapEmaV3(make_model(), **kwargs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", PROJECTING)
+def test_cuda_agrees_with_the_cpu(mode: str) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        model = make_model()
+        ema = LyapEmaV3(model, mode=mode)
+        with torch.no_grad():
+            for p in trained(model):
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        model, ema = model.to(device), ema.to(device)
+        results.append((ema.update(model), trained(model.cpu())))
+    assert results[0][0].violated
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b)
