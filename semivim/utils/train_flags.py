@@ -59,7 +59,9 @@ def add_dataset_flags(parser: argparse.ArgumentParser) -> None:
     """Add the group `Dataset parameters`."""
     group = parser.add_argument_group("Dataset parameters")
     group.add_argument("--data-dir", metavar="DIR", help="root folder of the dataset")
-    group.add_argument("--dataset", default="", metavar="NAME", help="timm's 'TYPE/NAME', '' for a folder, or 'digits'")
+    group.add_argument(
+        "--dataset", default="", metavar="NAME", help="timm's 'TYPE/NAME', '' for a folder, or 'embedded/digits'"
+    )
     group.add_argument("--train-split", default="train", metavar="NAME", help="training split")
     group.add_argument("--val-split", default="validation", metavar="NAME", help="validation split")
     group.add_argument("--dataset-download", action="store_true", help="allow torch/ and hfds/ datasets to download")

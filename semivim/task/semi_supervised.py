@@ -1,0 +1,224 @@
+"""The semi-supervised training step of Semi-ViM as a timm training task (Semi-ViM section 4.3)."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from semivim.data.ssmixup import mix_inputs, mix_probabilistic, mix_targets, mixing_weight, pair_retained
+from semivim.loss.pseudo_label import confidence_and_pseudo, keep_mask, labelled_loss, unlabelled_loss
+from semivim.utils.lyap_ema import LyapEmaV3, LyapStats
+
+METHODS = ("supervised", "fixmatch", "ema-teacher", "lyapema")
+PSEUDO_MIXUPS = ("none", "prob", "ss")
+
+
+class SemiSupervisedTask(TrainingTask):
+    """Loss of one labelled and one unlabelled batch, ``L = L_labelled + mu * L_unlabelled``.
+
+    Methods differ in who labels the weak view: nobody (``supervised``), the student itself (``fixmatch``), its
+    exponential moving average (``ema-teacher``) or the average kept by :class:`~semivim.utils.lyap_ema.LyapEmaV3`
+    (``lyapema``). Every method keeps an average of the student, which is what gets evaluated as the teacher.
+
+    Args:
+        model: The student, giving ``(b, num_classes)`` logits; with ``pseudo_mixup='ss'`` it takes ``psi`` and ``nu``.
+        num_classes: Number of classes.
+        method: One of ``METHODS``.
+        pseudo_mixup: What replaces the strong view: ``none`` keeps it, ``prob`` mixes pairs of images (Semi-ViT's
+            probabilistic pseudo mixup), ``ss`` mixes pairs of images and hidden states (SSMixup).
+        threshold: Confidence ``tau`` above which a pseudo-label trains, in [0, 1).
+        unlabelled_weight: ``mu``, not negative.
+        smoothing: Label smoothing, in [0, 1), of labelled class indices and of ``prob``'s mixed targets.
+        ssmixup_nu: Control coefficient ``nu`` of the hidden-state mix.
+        ssmixup_ramp_steps: Steps over which ``nu`` rises linearly from zero: switching it on at once on a trained
+            network costs accuracy.
+
+    Raises:
+        ValueError: For a method, mixup or range that does not exist.
+
+    Source: Semi-ViM Eq. (12)-(21).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        *,
+        method: str = "lyapema",
+        pseudo_mixup: str = "none",
+        threshold: float = 0.7,
+        unlabelled_weight: float = 1.0,
+        smoothing: float = 0.0,
+        ssmixup_nu: float = 0.1,
+        ssmixup_ramp_steps: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype)
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+        if pseudo_mixup not in PSEUDO_MIXUPS:
+            raise ValueError(f"pseudo_mixup {pseudo_mixup!r} is not one of {', '.join(PSEUDO_MIXUPS)}")
+        if not 0.0 <= threshold < 1.0:
+            raise ValueError(f"threshold is {threshold}, wanted a confidence in [0, 1)")
+        if unlabelled_weight < 0.0:
+            raise ValueError(f"unlabelled_weight is {unlabelled_weight}, wanted 0 or more")
+        self.trainable_module = model
+        self.num_classes = num_classes
+        self.method = method
+        self.pseudo_mixup = pseudo_mixup
+        self.threshold = threshold
+        self.unlabelled_weight = unlabelled_weight
+        self.smoothing = smoothing
+        self.ssmixup_nu = ssmixup_nu
+        self.ssmixup_ramp_steps = ssmixup_ramp_steps
+        self.num_updates = 0
+        self.lyap_stats: LyapStats | None = None
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weak: Tensor | None = None,
+        strong: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the loss of one step, in the paper's order; updates nothing.
+
+        Args:
+            input: Labelled images, ``(b, c, h, w)``.
+            target: Class indices ``(b,)`` or soft targets ``(b, num_classes)``.
+            weak: Weak views of the unlabelled images, ``(mu_b, c, h, w)``; unused by ``supervised``.
+            strong: Strong views of the same images.
+
+        Returns:
+            ``loss`` with gradient; without gradient ``output`` (labelled logits), ``loss_labelled``,
+            ``loss_unlabelled``, and for the unlabelled rows ``confidence``, ``pseudo`` and ``keep`` before mixing.
+        """
+        if self.method == "supervised":
+            output = self.trainable_module(input)
+            loss = labelled_loss(output, target, self.smoothing)  # Eq. (20)
+            return {"loss": loss, "output": output.detach(), "loss_labelled": loss.detach()}
+        if weak is None or strong is None:
+            raise ValueError(f"method '{self.method}' needs weak and strong views of unlabelled images, got None")
+
+        confidence, pseudo = self.pseudo_label(weak)  # Eq. (17), (18)
+        keep = keep_mask(confidence, self.threshold)  # the indicator of Eq. (21)
+        views, soft_target, mixed_keep, readout = self.mix(strong, pseudo, confidence, keep, len(input))
+
+        # One forward for both branches: one DDP reduction, and no second pass through the layers' weights.
+        logits = self.trainable_module(torch.cat([input, views]), **readout)
+        output, unlabelled = logits.split([len(input), len(views)])
+
+        supervised = labelled_loss(output, target, self.smoothing)  # Eq. (20)
+        unsupervised = unlabelled_loss(unlabelled, soft_target, mixed_keep)  # Eq. (21)
+        loss = supervised + self.unlabelled_weight * unsupervised  # Eq. (19)
+        return {
+            "loss": loss,
+            "output": output.detach(),
+            "loss_labelled": supervised.detach(),
+            "loss_unlabelled": unsupervised.detach(),
+            "confidence": confidence,
+            "pseudo": pseudo,
+            "keep": keep,
+        }
+
+    @torch.no_grad()
+    def pseudo_label(self, weak: Tensor) -> tuple[Tensor, Tensor]:
+        """Confidence and pseudo-label of the weak views, from the student (FixMatch) or the teacher (Eq. 17, 18)."""
+        if self.method == "fixmatch":
+            return confidence_and_pseudo(unwrap_model(self.trainable_module)(weak))
+        if not self.has_ema():
+            raise ValueError(f"method '{self.method}' needs a teacher: call setup_ema() first")
+        return confidence_and_pseudo(self.get_eval_model(ema=True)(weak))
+
+    def mix(
+        self, strong: Tensor, pseudo: Tensor, confidence: Tensor, keep: Tensor, num_labelled: int
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Views, targets and kept rows that train, and the read-out arguments of the student.
+
+        The mixed term replaces the plain one (Eq. 19 has one unlabelled term). Labelled rows get ``nu = 0``: they
+        take the unmixed path of the same forward.
+        """
+        if self.pseudo_mixup == "none":
+            return strong, pseudo, keep, {}
+        if self.pseudo_mixup == "prob":
+            mixed = mix_probabilistic(strong, pseudo, confidence, self.num_classes, smoothing=self.smoothing)
+            return mixed.images, mixed.targets, keep_mask(mixed.confidence, self.threshold), {}
+        partner = pair_retained(keep)
+        psi = mixing_weight(confidence, confidence[partner])  # Eq. (12)
+        views = mix_inputs(strong, partner, psi)  # Eq. (13)
+        soft_target = mix_targets(pseudo, partner, psi, self.num_classes)  # Eq. (13)
+        ramp = min(1.0, (self.num_updates + 1) / self.ssmixup_ramp_steps) if self.ssmixup_ramp_steps else 1.0
+        readout = {  # Eq. (15), (16): the blocks mix psi * h_fwd + (1 - psi) * h_bwd, read with weight nu
+            "psi": torch.cat([psi.new_full((num_labelled,), 0.5), psi]),
+            "nu": torch.cat([psi.new_zeros(num_labelled), torch.full_like(psi, ramp * self.ssmixup_nu)]),
+        }
+        return views, soft_target, keep, readout
+
+    def setup_ema(  # type: ignore[override]
+        self,
+        decay: float | None = None,
+        use_warmup: bool | None = None,
+        device: torch.device | None = None,
+        **kwargs: Any,
+    ) -> LyapEmaV3:
+        """Create the teacher, a copy of the student; arguments as :class:`LyapEmaV3`, None takes its mode's value.
+
+        Every method but ``lyapema`` uses mode ``ema``, which is timm's ``ModelEmaV3``.
+        """
+        if self.method != "lyapema":
+            kwargs["mode"] = "ema"
+        ema = LyapEmaV3(
+            unwrap_model(self.trainable_module), decay=decay, use_warmup=use_warmup, device=device, **kwargs
+        )
+        ema.module.requires_grad_(False)
+        self.trainable_module_ema = ema
+        return ema
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Move the teacher after an optimizer step; ``lyap_stats`` holds what happened."""
+        if self.has_ema():
+            self.lyap_stats = self.trainable_module_ema.update(unwrap_model(self.trainable_module), step=step)
+
+    def train(self, mode: bool = True) -> "SemiSupervisedTask":
+        """Set the student's mode; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.has_ema():
+            self.trainable_module_ema.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "SemiSupervisedTask":
+        """Wrap the student in DistributedDataParallel; pass ``device_ids=None`` on a CPU."""
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the student, before :meth:`prepare_distributed`."""
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = self.trainable_module
+        return self.trainable_module
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Position of the run, or the teacher's Lyapunov scalars; plain numbers only."""
+        if ema:
+            return self.trainable_module_ema.lyap_state_dict() if self.has_ema() else {}
+        return {"num_updates": self.num_updates}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Restore what :meth:`get_task_state` gave; an older checkpoint without it leaves the defaults."""
+        if state is None:
+            return
+        if ema:
+            self.trainable_module_ema.load_lyap_state_dict(state)
+        else:
+            self.num_updates = int(state["num_updates"])

@@ -1,0 +1,85 @@
+"""One optimizer step of semi-supervised training, and the figures that an interval of steps adds up."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.utils import NativeScaler, dispatch_clip_grad
+
+from semivim.data.two_views import SslBatch
+from semivim.task.semi_supervised import SemiSupervisedTask
+
+
+def train_step(
+    task: SemiSupervisedTask,
+    batches: list[SslBatch],
+    optimizer: torch.optim.Optimizer,
+    autocast: Any,
+    scaler: NativeScaler | None,
+    mixup: Mixup | None,
+    clip: dict[str, Any],
+    device: torch.device,
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """One optimizer step over one or more accumulated batches.
+
+    Returns:
+        What the interval's log adds up, and whether the step was taken: it is not where a gradient is not finite.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    for i, batch in enumerate(batches):
+        image, label = batch.labelled.image.to(device), batch.labelled.label.to(device)
+        if mixup is not None:
+            image, label = mixup(image, label)
+        weak = batch.unlabelled.weak.to(device) if batch.unlabelled else None
+        strong = batch.unlabelled.strong.to(device) if batch.unlabelled else None
+        last = i == len(batches) - 1
+        with nullcontext() if last else task.no_sync():
+            with autocast():
+                result = task(image, label, weak, strong)
+            loss = result["loss"] / len(batches)
+            if scaler is not None:
+                scaler(loss, optimizer, parameters=task.get_clip_parameters(), need_update=last, **clip)
+            else:
+                loss.backward()
+        add_up(sums, result, batch.unlabelled.label.to(device) if batch.unlabelled else None)
+    if scaler is not None:
+        return sums, True  # the scaler leaves a step out by itself, and LyapEmaV3 sees that
+    parameters = [p for p in task.get_clip_parameters() if p.grad is not None]
+    if not torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite():
+        return sums, False
+    if clip["clip_grad"] is not None:
+        excluded = clip["clip_mode"] == "agc"
+        dispatch_clip_grad(task.get_clip_parameters(exclude_head=excluded), clip["clip_grad"], mode=clip["clip_mode"])
+    optimizer.step()
+    return sums, True
+
+
+def add_up(sums: dict[str, torch.Tensor], result: dict[str, torch.Tensor], label: torch.Tensor | None) -> None:
+    """Add a batch's figures to ``sums`` without waiting for the device."""
+    values = {"batches": torch.ones(())} | {k: result[k] for k in ("loss_labelled", "loss_unlabelled") if k in result}
+    if "keep" in result and label is not None:
+        known = result["keep"] & (label >= 0)
+        values["unlabelled"] = torch.tensor(float(len(label)))
+        values["kept"] = result["keep"].sum().float()
+        values["known"] = known.sum().float()
+        values["right"] = (known & (result["pseudo"] == label)).sum().float()
+    for key, value in values.items():
+        sums[key] = sums[key] + value if key in sums else value
+
+
+def summarise(sums: dict[str, torch.Tensor], task: SemiSupervisedTask) -> dict[str, float]:
+    """Means of an interval and the teacher's last Lyapunov figures, as plain numbers."""
+    total = {key: value.item() for key, value in sums.items()}
+    values = {key: total[key] / total["batches"] for key in ("loss_labelled", "loss_unlabelled") if key in total}
+    if "kept" in total:
+        values["kept_share"] = total["kept"] / total["unlabelled"]
+        if total["known"]:
+            values["pseudo_accuracy"] = total["right"] / total["known"]
+    stats = task.lyap_stats
+    if stats is not None:
+        values["alpha"] = stats.alpha
+        if task.method == "lyapema":
+            values.update(v=stats.v, distance=stats.distance / max(stats.teacher_norm, 1e-12))
+            values.update(guard_rate=task.trainable_module_ema.guard_rate, lr_scale=stats.lr_scale)
+    return values

@@ -1,0 +1,117 @@
+"""Files a run may not lose: written beside their place, flushed, then renamed over it."""
+
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from timm.models import save_for_hf
+from timm.utils import CheckpointSaver
+from torch import nn
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary path whose file replaces ``path`` when the block ends, or vanishes if the block raises.
+
+    A reader sees the old file or the whole new one, also after a power cut: file and folder are flushed to disk.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, final)
+        _flush(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a whole UTF-8 text file, or leave the old one."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+class AtomicCheckpointSaver(CheckpointSaver):
+    """timm's checkpoint saver without the moments in which a kill loses ``last`` or ``model_best``.
+
+    timm unlinks the old file before it renames the new one; here the rename itself replaces it.
+    """
+
+    def _replace(self, src: str, dst: str) -> None:
+        _flush(Path(src))
+        os.replace(src, dst)
+        _flush(Path(dst).parent)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        link = f"{dst}.link"
+        Path(link).unlink(missing_ok=True)
+        try:
+            os.link(src, link)
+        except OSError:  # a file system without hard links
+            shutil.copy2(src, link)
+        os.replace(link, dst)
+
+    def find_recovery(self) -> str:
+        """Path of the newest checkpoint of an interrupted run in ``checkpoint_dir``, '' where there is none."""
+        folder = Path(self.checkpoint_dir)
+        files = [*folder.glob(f"{self.recovery_prefix}-*{self.extension}"), folder / f"last{self.extension}"]
+        return max((str(f) for f in files if f.is_file()), key=os.path.getmtime, default="")
+
+
+def load_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a training checkpoint without running any code it may hold.
+
+    Args:
+        path: File written by :class:`AtomicCheckpointSaver`.
+
+    Returns:
+        The checkpoint, tensors on the CPU.
+
+    Raises:
+        ValueError: If the file is missing, truncated, or not a training checkpoint; the message names it.
+    """
+    if not os.path.isfile(path):
+        near = sorted(str(f) for f in Path(path).parent.glob("*.pth.tar"))
+        raise ValueError(f"no checkpoint at {path}" + (f"; that folder holds {', '.join(near)}" if near else ""))
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "optimizer" not in checkpoint:
+        raise ValueError(f"{path} is not a training checkpoint: it lacks state_dict or optimizer")
+    return checkpoint
+
+
+def save_model(model: nn.Module, folder: Path, label_names: Sequence[str] | None = None) -> None:
+    """Write model.safetensors and config.json into a folder, each whole or not at all.
+
+    ``timm.create_model(NAME, checkpoint_path=FOLDER/model.safetensors)`` and ``local-dir:FOLDER`` load them.
+
+    Args:
+        model: A model made by timm's registry.
+        folder: An existing folder.
+        label_names: Names of the classes; left out where their number is not the model's.
+    """
+    config = {"label_names": list(label_names)} if label_names and len(label_names) == model.num_classes else None
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
+        save_for_hf(model, temporary, model_config=config, safe_serialization=True)
+        for name in ("model.safetensors", "config.json"):
+            _flush(Path(temporary) / name)
+            os.replace(Path(temporary) / name, folder / name)

@@ -1,0 +1,94 @@
+"""Classification metrics that show what happens to rare classes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+
+class ClassificationMetrics:
+    """Top-1, top-5 and everything a confusion matrix holds, summed over batches and processes.
+
+    Args:
+        num_classes: Number of classes.
+        device: Where predictions live.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.confusion = MulticlassConfusionMatrix(num_classes).to(device)
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)).to(device)
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch: logits ``(b, num_classes)``, class indices ``(b,)``."""
+        logits = logits.float()
+        self.confusion.update(logits.argmax(-1), target)
+        self.top5.update(logits, target)
+
+    def compute(self, train_counts: Sequence[int] | None = None) -> dict[str, Any]:
+        """Metrics in percent.
+
+        Args:
+            train_counts: Labelled training images per class, which set the many / medium / few groups.
+
+        Returns:
+            ``top1``, ``top5``, ``balanced_acc`` (mean recall of the classes present), ``worst_class_recall``,
+            ``per_class_recall`` (None for a class without images), ``confusion`` (rows: true class), and where
+            ``train_counts`` differ between classes ``many``, ``medium``, ``few``.
+        """
+        confusion = self.confusion.compute().cpu()
+        present = confusion.sum(1) > 0
+        recall = 100.0 * confusion.diag() / confusion.sum(1).clamp(min=1)
+        result: dict[str, Any] = {
+            "top1": 100.0 * confusion.diag().sum().item() / max(1, confusion.sum().item()),
+            "top5": 100.0 * self.top5.compute().item(),
+            "balanced_acc": recall[present].mean().item(),
+            "worst_class_recall": recall[present].min().item(),
+            "per_class_recall": [r if p else None for r, p in zip(recall.tolist(), present.tolist(), strict=True)],
+            "confusion": confusion.tolist(),
+        }
+        for name, classes in shot_groups(train_counts or []).items():
+            members = [c for c in classes if present[c]]
+            if members:
+                result[name] = recall[members].mean().item()
+        return result
+
+
+def shot_groups(train_counts: Sequence[int], many: int = 100, few: int = 20) -> dict[str, list[int]]:
+    """Classes with many, medium and few training images.
+
+    More than ``many`` and fewer than ``few`` images as in ImageNet-LT; below 100 classes, where those bounds leave
+    groups empty, thirds of the classes by count. Nothing where every class has the same count.
+    """
+    if len(set(train_counts)) < 2:
+        return {}
+    classes = sorted(range(len(train_counts)), key=lambda c: (-train_counts[c], c))
+    if len(classes) < 100:
+        third = len(classes) / 3
+        first, second = round(third), round(2 * third)
+        return {"many": classes[:first], "medium": classes[first:second], "few": classes[second:]}
+    groups: dict[str, list[int]] = {"many": [], "medium": [], "few": []}
+    for c in classes:
+        groups["many" if train_counts[c] > many else "few" if train_counts[c] < few else "medium"].append(c)
+    return groups
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    train_counts: Sequence[int],
+) -> dict[str, Any]:
+    """Metrics (see :meth:`ClassificationMetrics.compute`) of a model, in eval mode, over the images of all ranks."""
+    model.eval()
+    metrics = ClassificationMetrics(num_classes, device)
+    for image, label in loader:
+        with autocast():
+            logits = model(image.to(device))
+        metrics.update(logits, label.to(device))
+    return metrics.compute(train_counts)

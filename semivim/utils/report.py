@@ -1,0 +1,132 @@
+"""What a run tells: a live bar or plain lines, a log of every interval, one table and one picture at the end."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from semivim.utils.checkpoint import atomic_path
+
+
+class RunLog:
+    """Progress on the terminal and ``metrics.jsonl`` in the run folder.
+
+    Args:
+        folder: Run folder; None writes and prints nothing (ranks other than 0).
+        total_updates: Updates of the whole run.
+        first_update: Update the run starts or resumes at; records of later updates are dropped from the log.
+    """
+
+    def __init__(self, folder: Path | None, total_updates: int, first_update: int = 0) -> None:
+        self.path = folder / "metrics.jsonl" if folder else None
+        self.total, self.done, self.images = total_updates, first_update, 0
+        self.records: list[dict[str, Any]] = []
+        self.start_s = time.perf_counter()
+        self.bar = None
+        if self.path:
+            self.records = [r for r in read_jsonl(self.path) if r["update"] <= first_update]
+            with atomic_path(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=total_updates, initial=first_update, dynamic_ncols=True, unit="step")
+
+    def step(self, num_images: int) -> None:
+        """Count one update that trained on ``num_images`` images."""
+        self.done += 1
+        self.images += num_images
+        if self.bar:
+            self.bar.update()
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append values of an interval to the log and show them."""
+        if not self.path:
+            return
+        elapsed_s = time.perf_counter() - self.start_s
+        rate = self.images / elapsed_s if elapsed_s else 0.0
+        values = {"update": self.done, "images_per_s": rate, **values}
+        self.records.append(values)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        text = " ".join(f"{key} {value:.4g}" for key, value in values.items() if isinstance(value, float))
+        if self.bar:
+            self.bar.set_postfix_str(text)
+        else:
+            steps_per_s = rate / max(1.0, self.images / max(1, self.done)) if self.images else 0.0
+            eta_s = (self.total - self.done) / steps_per_s if steps_per_s else 0.0
+            self.say(f"[{self.done}/{self.total} eta {eta_s:.0f}s] {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self.path:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar:
+            self.bar.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file, [] where there is none; a last line cut short by a kill is dropped."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def results_table(student: dict[str, Any], teacher: dict[str, Any]) -> str:
+    """Student and teacher side by side, in percent."""
+    names = ["top1", "top5", "balanced_acc", "many", "medium", "few", "worst_class_recall"]
+    lines = [f"{'':22}{'student':>10}{'teacher':>10}"]
+    for name in names:
+        if name in teacher:
+            lines.append(f"{name:22}{student[name]:10.2f}{teacher[name]:10.2f}")
+    for c, recall in enumerate(teacher["per_class_recall"]):
+        if len(teacher["per_class_recall"]) <= 20 and recall is not None:
+            lines.append(f"{f'recall of class {c}':22}{student['per_class_recall'][c]:10.2f}{recall:10.2f}")
+    return "\n".join(lines)
+
+
+def save_curves(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
+    """Draw loss, accuracy, kept share, alpha and V over updates into one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        ("loss", ["loss_labelled", "loss_unlabelled"], "linear"),
+        ("top-1 (%)", ["student_top1", "teacher_top1"], "linear"),
+        ("pseudo-labels", ["kept_share", "pseudo_accuracy"], "linear"),
+        ("alpha", ["alpha"], "linear"),
+        ("V and guard rate", ["v", "guard_rate"], "symlog"),
+    ]
+    panels = [p for p in panels if any(key in r for r in records for key in p[1])]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.0), squeeze=False)
+    for axis, (name, keys, scale) in zip(axes[0], panels, strict=True):
+        for key in keys:
+            points = [(r["update"], r[key]) for r in records if r.get(key) is not None and math.isfinite(r[key])]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), label=key.replace("_", " "), marker="." if len(points) < 30 else ""
+                )
+        axis.set_title(name)
+        axis.set_xlabel("update")
+        if scale == "symlog":
+            axis.set_yscale("symlog", linthresh=1e-3)
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+    plt.close(figure)

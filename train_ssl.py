@@ -1,0 +1,539 @@
+#!/usr/bin/env python3
+"""Semi-supervised training of a Vision Mamba with few labels (Semi-ViM, stage 3; ``supervised`` is its stage 2).
+
+    python train_ssl.py                                   demo on scikit-learn's digits, 4 labels a class, on a CPU
+    python train_ssl.py --data-dir DIR --label-fraction 0.1 --model semivim_small --img-size 224 --opt adamw --lr 5e-4
+    torchrun --nproc-per-node 8 train_ssl.py ...          the same on 8 GPUs
+    python train_ssl.py -c RUN/args.yaml --resume RUN/last.pth.tar
+
+A run folder OUTPUT/EXPERIMENT gets args.yaml, labelled.txt and unlabelled.txt (the split), summary.csv, checkpoints,
+metrics.jsonl, metrics.json, curves.png, and the best teacher as model.safetensors with a timm config.json.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.data import Mixup, resolve_input_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import (
+    NativeScaler,
+    init_distributed_device,
+    is_primary,
+    random_seed,
+    setup_default_logging,
+    trim_summary,
+    update_summary,
+)
+
+import semivim  # noqa: F401  registers the models
+from semivim.data import (
+    ImageSource,
+    LabelSplit,
+    SslLoader,
+    StepBatches,
+    View,
+    Views,
+    create_eval_loader,
+    join_sources,
+    load_split,
+    make_split,
+    open_source,
+    open_unlabelled_folder,
+    save_split,
+    split_from_lists,
+)
+from semivim.task.semi_supervised import METHODS, PSEUDO_MIXUPS, SemiSupervisedTask
+from semivim.task.train_step import summarise, train_step
+from semivim.utils import train_flags
+from semivim.utils.checkpoint import AtomicCheckpointSaver, load_training_checkpoint, save_model, write_text
+from semivim.utils.metrics import evaluate
+from semivim.utils.report import RunLog, results_table, save_curves
+
+_logger = logging.getLogger("train")
+
+MAX_SKIPPED_STEPS = 20  # in a row, before a run that only meets non-finite gradients is stopped
+
+# What `python train_ssl.py` runs: every value can be overridden on the command line.
+DEMO: dict[str, Any] = {
+    "dataset": "embedded/digits",
+    "model": "semivim_pico",
+    "in_chans": 1,
+    "labels_per_class": 4,
+    "pseudo_mixup": "ss",
+    "batch_size": 32,
+    "unlabeled_ratio": 3,
+    "epochs": 20,
+    "train_batches_per_epoch": 15,
+    "opt": "adamw",
+    "lr": 2e-3,
+    "weight_decay": 0.05,
+    "sched_on_updates": True,
+    "warmup_epochs": 2,
+    "model_ema_decay": 0.99,
+    "scale": [0.6, 1.0],
+    "hflip": 0.0,
+    "color_jitter": 0.0,
+    "strong_aa": "rand-m5-mstd0.5-inc1",
+    "workers": 0,
+    "val_interval": 5,
+    "log_interval": 15,
+    "checkpoint_hist": 2,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags shared with timm's train.py first, then our own."""
+    parser = train_flags.Parser(
+        description="Semi-supervised training of a Vision Mamba. Without a dataset it runs a demo on digits.",
+        allow_abbrev=False,
+    )
+    train_flags.add_dataset_flags(parser)
+    train_flags.add_model_flags(parser, model="semivim_tiny")
+    train_flags.add_device_flags(parser)
+    train_flags.add_optimizer_flags(parser)
+    train_flags.add_schedule_flags(parser)
+    train_flags.add_augmentation_flags(parser)
+    train_flags.add_ema_flags(parser)
+    train_flags.add_misc_flags(parser)
+
+    group = parser.add_argument_group("Semi-supervised method")
+    group.add_argument(
+        "--ssl-method", default="lyapema", choices=METHODS, help="who labels the weak view (%(default)s)"
+    )
+    group.add_argument("--pseudo-mixup", default="none", choices=PSEUDO_MIXUPS, help="ss: SSMixup (%(default)s)")
+    group.add_argument("--threshold", type=train_flags.share, default=0.7, help="least confidence, tau (%(default)s)")
+    group.add_argument("--unlabeled-weight", type=float, default=1.0, help="weight of the unlabelled loss, mu")
+    group.add_argument(
+        "--unlabeled-ratio",
+        type=train_flags.positive_int,
+        default=5,
+        help="unlabelled per labelled image (%(default)s)",
+    )
+    group.add_argument("--ssmixup-nu", type=float, default=0.1, help="weight of the mixed hidden state (%(default)s)")
+    group.add_argument("--ssmixup-c", default="own", choices=["own", "fwd", "bwd", "mean"], help="C that reads it")
+    group.add_argument("--ssmixup-layers", type=train_flags.positive_int, default=None, help="last blocks mixed (all)")
+
+    group = parser.add_argument_group("Label split")
+    group.add_argument("--label-fraction", type=train_flags.share, default=None, help="labelled share of each class")
+    group.add_argument("--labels-per-class", type=train_flags.positive_int, default=None, help="labels of each class")
+    group.add_argument("--min-per-class", type=train_flags.non_negative_int, default=1, help="(%(default)s)")
+    group.add_argument("--imb-n1", type=train_flags.positive_int, default=None, help="labels of the largest class")
+    group.add_argument("--imb-m1", type=train_flags.positive_int, default=None, help="unlabelled of the largest class")
+    group.add_argument("--imb-factor-l", type=float, default=1.0, help="largest to smallest class, labelled")
+    group.add_argument("--imb-factor-u", type=float, default=1.0, help="the same, unlabelled; negative reverses")
+    group.add_argument("--labeled-list", default=None, metavar="FILE", help="list of labelled images")
+    group.add_argument("--unlabeled-list", default=None, metavar="FILE", help="list of unlabelled images (the rest)")
+    group.add_argument("--unlabeled-dir", default=None, metavar="DIR", help="more unlabelled images, any sub-folders")
+    group.add_argument(
+        "--unlabeled-include-labeled", action="store_true", help="labelled images count as unlabelled too"
+    )
+    group.add_argument("--fold", type=train_flags.non_negative_int, default=0, help="fold of the split (%(default)s)")
+    group.add_argument("--split-seed", type=int, default=0, help="seed of the split, apart from --seed (%(default)s)")
+
+    group = parser.add_argument_group("Unlabelled views")
+    group.add_argument("--weak-color-jitter", type=float, default=0.0, help="colour jitter of the weak view")
+    group.add_argument("--strong-aa", default="rand-m9-mstd0.5-inc1", metavar="NAME", help="policy of the strong view")
+    group.add_argument("--strong-reprob", type=train_flags.share, default=0.25, help="random erasing, strong view")
+
+    group = parser.add_argument_group("LyapEMA")
+    group.add_argument("--lyap-mode", default="default", choices=["default", "paper_stable", "literal"], help="preset")
+    group.add_argument("--lyap-min-decay", type=train_flags.share, default=None, help="least decay (mode's)")
+    group.add_argument("--lyap-gamma", type=float, default=None, help="sensitivity of the decay (mode's)")
+    group.add_argument("--lyap-radius", type=float, default=None, help="relative radius where V is free (mode's)")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse flags and ``-c`` file; without a dataset the demo's values become the defaults."""
+    parser = build_parser()
+    args = train_flags.parse_flags(parser, argv)
+    if not (args.dataset or args.data_dir):
+        parser = build_parser()
+        parser.set_defaults(**DEMO)
+        args = train_flags.parse_flags(parser, argv)
+    if args.dataset == DEMO["dataset"] and args.ssl_method == "supervised":
+        args.pseudo_mixup = "none"  # the demo's value would otherwise have to be switched off by hand
+    if args.ssl_method == "supervised" and args.pseudo_mixup != "none":
+        parser.error(f"--pseudo-mixup {args.pseudo_mixup}: --ssl-method supervised has no pseudo-labels to mix")
+    flags = ("label_fraction", "labels_per_class", "imb_n1", "labeled_list")
+    given = ["--" + flag.replace("_", "-") for flag in flags if getattr(args, flag) is not None]
+    if len(given) != 1:
+        wanted = "give one of --label-fraction, --labels-per-class, --imb-n1 or --labeled-list"
+        parser.error(f"{wanted}, got {' and '.join(given) or 'none'}")
+    if args.resume == "auto" and not args.experiment:
+        parser.error("--resume auto: needs --experiment to know which run to look for")
+    return args
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """Folder of the run: the resumed checkpoint's own, unless --output or --experiment name another."""
+    if args.resume not in ("", "auto") and not args.experiment and not args.output:
+        return Path(args.resume).parent
+    name = args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.ssl_method}"
+    return Path(args.output or "output/train") / name
+
+
+def read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+    """Checkpoint to resume, None to start afresh; ``--resume auto`` takes the newest of the run folder."""
+    path = (
+        AtomicCheckpointSaver(None, None, checkpoint_dir=str(folder)).find_recovery()
+        if args.resume == "auto"
+        else args.resume
+    )
+    if not path:
+        return None
+    _logger.info(f"resuming {path}")
+    return load_training_checkpoint(path)
+
+
+def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[ImageSource, ImageSource, LabelSplit]:
+    """Open training and validation images and draw the label split, or read back the one of a resumed run."""
+    options = {
+        "class_map": args.class_map,
+        "download": args.dataset_download,
+        "input_img_mode": args.input_img_mode,
+        "input_key": args.input_key,
+        "target_key": args.target_key,
+        "trust_remote_code": args.dataset_trust_remote_code,
+    }
+    options = {key: value for key, value in options.items() if value}
+    source = open_source(args.dataset, args.data_dir, args.train_split, args.num_classes, **options)
+    val_source = open_source(args.dataset, args.data_dir, args.val_split, args.num_classes, **options)
+    num_classes = args.num_classes or max(source.num_classes, val_source.num_classes)
+    if args.unlabeled_dir:
+        source = join_sources(source, open_unlabelled_folder(args.unlabeled_dir))
+    if split_folder:
+        return source, val_source, load_split(split_folder, source.labels, num_classes, source.names)
+    if args.labeled_list:
+        return (
+            source,
+            val_source,
+            split_from_lists(
+                source,
+                num_classes,
+                args.labeled_list,
+                args.unlabeled_list,
+                min_per_class=args.min_per_class,
+                include_labelled=args.unlabeled_include_labeled,
+            ),
+        )
+    split = make_split(
+        source.labels,
+        num_classes,
+        fraction=args.label_fraction,
+        per_class=args.labels_per_class,
+        imb_n1=args.imb_n1,
+        imb_m1=args.imb_m1,
+        imb_factor_l=args.imb_factor_l,
+        imb_factor_u=args.imb_factor_u,
+        min_per_class=args.min_per_class,
+        seed=args.split_seed,
+        fold=args.fold,
+        include_labelled=args.unlabeled_include_labeled,
+    )
+    return source, val_source, split
+
+
+def create_student(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
+    """Create the model named on the command line."""
+    kwargs: dict[str, Any] = dict(args.model_kwargs)
+    if args.pseudo_mixup == "ss":
+        kwargs.update(ssmixup_c=args.ssmixup_c, ssmixup_layers=args.ssmixup_layers)
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
+    img_size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
+    if img_size:
+        kwargs["img_size"] = img_size
+    model = timm.create_model(
+        args.model,
+        pretrained=args.pretrained,
+        pretrained_cfg_overlay={"file": args.pretrained_path} if args.pretrained_path else None,
+        checkpoint_path=args.initial_checkpoint,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        global_pool=args.gp,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        **kwargs,
+    )
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    return model
+
+
+def create_views(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Views, View]:
+    """Labelled, weak and strong training views, and the evaluation view."""
+    make = partial(View, data_config["input_size"], data_config["mean"], data_config["std"])
+    crop = {
+        "train_crop_mode": args.train_crop_mode,
+        "scale": args.scale,
+        "ratio": args.ratio,
+        "hflip": args.hflip,
+        "vflip": args.vflip,
+        "interpolation": args.train_interpolation,
+    }
+    labelled = make(
+        **crop,
+        no_aug=args.no_aug,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.0,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
+        auto_augment=args.aa,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
+    weak = make(**crop, color_jitter=args.weak_color_jitter)
+    strong = make(**crop, color_jitter=None, auto_augment=args.strong_aa or None, re_prob=args.strong_reprob)
+    evaluation = make(is_training=False, interpolation=data_config["interpolation"], crop_pct=data_config["crop_pct"])
+    return Views(labelled, weak, strong), evaluation
+
+
+def scaled_lr(args: argparse.Namespace, world_size: int) -> float:
+    """Learning rate: ``--lr``, or timm's ``--lr-base`` scaled by the global labelled batch."""
+    if args.lr is not None:
+        return args.lr
+    ratio = args.batch_size * args.grad_accum_steps * world_size / args.lr_base_size
+    scale = args.lr_base_scale or ("sqrt" if any(o in args.opt.lower() for o in ("ada", "lamb")) else "linear")
+    return args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+
+
+def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """Mixup of the labelled batch, None where the flags leave it off."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train; gives back what metrics.json holds."""
+    setup_default_logging()
+    args = parse_args(argv)
+    try:
+        return train(args)
+    except ValueError as error:  # what a user can mend: one line, no traceback
+        sys.exit(f"train_ssl.py: error: {error}")
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Set up data, student, teacher and optimizer, train, evaluate and report."""
+    folder = run_folder(args)
+    config = {k: v for k, v in vars(args).items() if k != "resume"}
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = init_distributed_device(args)
+    random_seed(args.seed, args.rank)
+    for module in args.device_modules or []:
+        importlib.import_module(module)
+    checkpoint = read_checkpoint(args, folder)
+
+    # Data
+    source, val_source, split = open_data(args, folder if checkpoint else None)
+    num_classes = split.num_classes
+    class_names = val_source.class_names or source.class_names
+    counts = split.labels_per_class.tolist()
+
+    # Student
+    model = create_student(args, num_classes).to(device)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    data_config = resolve_input_data_config(model, vars(args))
+    views, eval_view = create_views(args, data_config)
+    ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
+    ranks = {"rank": args.rank, "world_size": args.world_size}
+    batches = StepBatches(source, split, views, args.batch_size, ratio * args.batch_size, seed=args.seed, **ranks)
+    loader = SslLoader(batches, args.workers, pin_memory=args.pin_mem)
+    eval_loader = create_eval_loader(
+        val_source, eval_view, args.validation_batch_size or args.batch_size, args.workers, args.pin_mem, **ranks
+    )
+    mixup = create_mixup(args, num_classes)
+
+    # Optimizer, schedule; an epoch is one pass over the unlabelled images, whatever the method
+    accum = args.grad_accum_steps
+    unlabelled_step = args.unlabeled_ratio * args.batch_size * args.world_size * accum
+    epoch_updates = args.train_batches_per_epoch or max(1, len(split.unlabelled) // unlabelled_step)
+    args.lr = scaled_lr(args, args.world_size)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=epoch_updates)
+    amp_dtype = getattr(torch, args.amp_dtype)
+    autocast = partial(torch.autocast, device.type, dtype=amp_dtype) if args.amp else nullcontext
+    scaler = NativeScaler() if args.amp and device.type == "cuda" and amp_dtype is torch.float16 else None
+    clip = {"clip_grad": args.clip_grad, "clip_mode": args.clip_mode}
+
+    # Task and teacher
+    task = SemiSupervisedTask(
+        model,
+        num_classes,
+        method=args.ssl_method,
+        pseudo_mixup=args.pseudo_mixup,
+        threshold=args.threshold,
+        unlabelled_weight=args.unlabeled_weight,
+        smoothing=args.smoothing,
+        ssmixup_nu=args.ssmixup_nu,
+        ssmixup_ramp_steps=args.warmup_epochs * epoch_updates,
+        device=device,
+    )
+    if args.ssl_method == "lyapema":
+        task.setup_ema(
+            mode=args.lyap_mode,
+            decay=args.model_ema_decay if args.lyap_mode == "default" else None,
+            min_decay=args.lyap_min_decay,
+            gamma=args.lyap_gamma,
+            v_radius=args.lyap_radius,
+            on_nonfinite="skip",
+        )
+    else:
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    # Resume
+    if checkpoint:
+        task.load_checkpoint_state(checkpoint["state_dict"], checkpoint.get("task_state"))
+        task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
+        if not args.no_resume_opt:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if scaler is not None and "amp_scaler" in checkpoint:
+                scaler.load_state_dict(checkpoint["amp_scaler"])
+    if args.start_epoch is not None:
+        task.num_updates = args.start_epoch * epoch_updates
+    task.trainable_module_ema.attach(optimizer, model)
+    if args.torchcompile:
+        task.compile(args.torchcompile, args.torchcompile_mode)
+    if args.distributed:
+        task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
+
+    # Output
+    saver, log = None, RunLog(None, 0)
+    total_updates = epochs * epoch_updates
+    summary = folder / "summary.csv"
+    start_epoch = task.num_updates // epoch_updates
+    if is_primary(args):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not checkpoint:
+            save_split(split, folder, source.names)
+        write_text(folder / "args.yaml", yaml.safe_dump(config, sort_keys=False))
+        saver = AtomicCheckpointSaver(
+            model,
+            optimizer,
+            args=argparse.Namespace(**config),
+            amp_scaler=scaler,
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            max_history=args.checkpoint_hist,
+            task=task,
+        )
+        if checkpoint and "saver" in checkpoint:
+            saver.load_state_dict(checkpoint["saver"])
+        trim_summary(summary, start_epoch)
+        log = RunLog(folder, total_updates, task.num_updates)
+        log.say(f"{folder}: {args.model}, {args.ssl_method}, pseudo-mixup {args.pseudo_mixup}, {device}")
+        log.say(split.report())
+
+    scheduler.step_update(task.num_updates) if args.sched_on_updates else scheduler.step(start_epoch)
+    steps = loader.steps(task.num_updates * accum)
+    sums: dict[str, torch.Tensor] = {}
+    num_skipped = 0
+    student: dict[str, Any] = {}
+    teacher: dict[str, Any] = {}
+    for epoch in range(start_epoch, epochs):
+        task.train()
+        if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+            mixup.mixup_enabled = False
+        while task.num_updates < (epoch + 1) * epoch_updates:
+            # All randomness of an update comes from its number, so a resumed run draws what the unbroken one would.
+            random_seed((args.seed * 1_000_003 + task.num_updates) % 2**31, args.rank)
+            step_sums, taken = train_step(
+                task, [next(steps) for _ in range(accum)], optimizer, autocast, scaler, mixup, clip, device
+            )
+            num_skipped = 0 if taken else num_skipped + 1
+            if num_skipped > MAX_SKIPPED_STEPS:
+                raise ValueError(
+                    f"gradients were not finite in {num_skipped} steps in a row at update {task.num_updates}: "
+                    f"lower --lr, set --clip-grad, or turn --amp off; resume from {folder / 'last.pth.tar'}"
+                )
+            task.num_updates += 1
+            task.update_ema(step=task.num_updates)
+            optimizer.zero_grad()
+            if args.sched_on_updates:
+                scheduler.step_update(task.num_updates)
+            for key, value in step_sums.items():
+                sums[key] = sums[key] + value if key in sums else value
+            log.step((1 + ratio) * args.batch_size * accum * args.world_size)
+            if task.num_updates % args.log_interval == 0:
+                log.record({"lr": optimizer.param_groups[0]["lr"], **summarise(sums, task), "skipped": num_skipped})
+                sums = {}
+            if saver and args.recovery_interval and task.num_updates % args.recovery_interval == 0:
+                saver.save_recovery(epoch, task.num_updates)
+
+        metric = None
+        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
+            student = evaluate(task.get_eval_model(), eval_loader, num_classes, device, autocast, counts)
+            teacher = evaluate(task.get_eval_model(ema=True), eval_loader, num_classes, device, autocast, counts)
+            metric = teacher[args.eval_metric]
+            log.record({"student_top1": student["top1"], "teacher_top1": teacher["top1"]})
+        scheduler.step(epoch + 1, metric)
+        if saver:
+            names = ("top1", "top5", "balanced_acc", "worst_class_recall")
+            row = {name: teacher.get(name) for name in names} | {"student_top1": student.get("top1")}
+            update_summary(
+                epoch,
+                summarise(step_sums, task),
+                row if metric is not None else None,
+                summary,
+                lr=optimizer.param_groups[0]["lr"],
+            )
+            best, best_epoch = saver.save_checkpoint(epoch, metric)
+            if best_epoch == epoch:
+                save_model(task.trainable_module_ema.module, folder, class_names)
+    log.close()
+    if not teacher:  # resumed at its end
+        student = evaluate(task.get_eval_model(), eval_loader, num_classes, device, autocast, counts)
+        teacher = evaluate(task.get_eval_model(ema=True), eval_loader, num_classes, device, autocast, counts)
+
+    # Report
+    results = {
+        "student": student,
+        "teacher": teacher,
+        "best": {"epoch": saver.best_epoch, args.eval_metric: saver.best_metric} if saver else {},
+        "class_names": class_names,
+        "split": {
+            "sha256": split.sha256,
+            "num_labelled": len(split.labelled),
+            "num_unlabelled": len(split.unlabelled),
+            "labels_per_class": counts,
+        },
+        "unreadable_images": {source.describe(i): n for i, n in loader.unreadable.items()},
+        "updates": task.num_updates,
+        "seconds": time.perf_counter() - log.start_s,
+    }
+    if saver:
+        write_text(folder / "metrics.json", json.dumps(results, indent=1))
+        title = f"{args.model}, {args.ssl_method}, pseudo-mixup {args.pseudo_mixup}, {len(split.labelled)} labels"
+        save_curves(folder / "curves.png", log.records, title)
+        log.say(results_table(student, teacher))
+        log.say(f"teacher {args.eval_metric} {teacher[args.eval_metric]:.2f} (last), {saver.best_metric:.2f} (best)")
+        log.say(f"{folder}: model.safetensors (best teacher), metrics.json, curves.png")
+    return results
+
+
+if __name__ == "__main__":
+    main()
