@@ -54,7 +54,8 @@ from semivim.data import (
     save_split,
     split_from_lists,
 )
-from semivim.task.semi_supervised import METHODS, PSEUDO_MIXUPS, SemiSupervisedTask
+from semivim.task.semi_supervised import SemiSupervisedTask
+from semivim.task.ssl_flags import add_semi_supervised_flags
 from semivim.task.train_step import summarise, train_step
 from semivim.utils import train_flags
 from semivim.utils.checkpoint import AtomicCheckpointSaver, load_training_checkpoint, save_model, write_text
@@ -107,51 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     train_flags.add_augmentation_flags(parser)
     train_flags.add_ema_flags(parser)
     train_flags.add_misc_flags(parser)
-
-    group = parser.add_argument_group("Semi-supervised method")
-    group.add_argument(
-        "--ssl-method", default="lyapema", choices=METHODS, help="who labels the weak view (%(default)s)"
-    )
-    group.add_argument("--pseudo-mixup", default="none", choices=PSEUDO_MIXUPS, help="ss: SSMixup (%(default)s)")
-    group.add_argument("--threshold", type=train_flags.share, default=0.7, help="least confidence, tau (%(default)s)")
-    group.add_argument("--unlabeled-weight", type=float, default=1.0, help="weight of the unlabelled loss, mu")
-    group.add_argument(
-        "--unlabeled-ratio",
-        type=train_flags.positive_int,
-        default=5,
-        help="unlabelled per labelled image (%(default)s)",
-    )
-    group.add_argument("--ssmixup-nu", type=float, default=0.1, help="weight of the mixed hidden state (%(default)s)")
-    group.add_argument("--ssmixup-c", default="own", choices=["own", "fwd", "bwd", "mean"], help="C that reads it")
-    group.add_argument("--ssmixup-layers", type=train_flags.positive_int, default=None, help="last blocks mixed (all)")
-
-    group = parser.add_argument_group("Label split")
-    group.add_argument("--label-fraction", type=train_flags.share, default=None, help="labelled share of each class")
-    group.add_argument("--labels-per-class", type=train_flags.positive_int, default=None, help="labels of each class")
-    group.add_argument("--min-per-class", type=train_flags.non_negative_int, default=1, help="(%(default)s)")
-    group.add_argument("--imb-n1", type=train_flags.positive_int, default=None, help="labels of the largest class")
-    group.add_argument("--imb-m1", type=train_flags.positive_int, default=None, help="unlabelled of the largest class")
-    group.add_argument("--imb-factor-l", type=float, default=1.0, help="largest to smallest class, labelled")
-    group.add_argument("--imb-factor-u", type=float, default=1.0, help="the same, unlabelled; negative reverses")
-    group.add_argument("--labeled-list", default=None, metavar="FILE", help="list of labelled images")
-    group.add_argument("--unlabeled-list", default=None, metavar="FILE", help="list of unlabelled images (the rest)")
-    group.add_argument("--unlabeled-dir", default=None, metavar="DIR", help="more unlabelled images, any sub-folders")
-    group.add_argument(
-        "--unlabeled-include-labeled", action="store_true", help="labelled images count as unlabelled too"
-    )
-    group.add_argument("--fold", type=train_flags.non_negative_int, default=0, help="fold of the split (%(default)s)")
-    group.add_argument("--split-seed", type=int, default=0, help="seed of the split, apart from --seed (%(default)s)")
-
-    group = parser.add_argument_group("Unlabelled views")
-    group.add_argument("--weak-color-jitter", type=float, default=0.0, help="colour jitter of the weak view")
-    group.add_argument("--strong-aa", default="rand-m9-mstd0.5-inc1", metavar="NAME", help="policy of the strong view")
-    group.add_argument("--strong-reprob", type=train_flags.share, default=0.25, help="random erasing, strong view")
-
-    group = parser.add_argument_group("LyapEMA")
-    group.add_argument("--lyap-mode", default="default", choices=["default", "paper_stable", "literal"], help="preset")
-    group.add_argument("--lyap-min-decay", type=train_flags.share, default=None, help="least decay (mode's)")
-    group.add_argument("--lyap-gamma", type=float, default=None, help="sensitivity of the decay (mode's)")
-    group.add_argument("--lyap-radius", type=float, default=None, help="relative radius where V is free (mode's)")
+    add_semi_supervised_flags(parser)
     return parser
 
 
