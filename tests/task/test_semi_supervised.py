@@ -1,0 +1,200 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import semivim
+from semivim.task.semi_supervised import SemiSupervisedTask
+
+K = 3
+
+
+class Recorder(nn.Module):
+    """A linear student that notes what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, K)
+        self.calls = []
+
+    def forward(self, x, psi=None, nu=None):
+        self.calls.append((x.detach().clone(), psi, nu, self.training))
+        return self.linear(x.flatten(1))
+
+
+def batch(num_labelled=2, num_unlabelled=6):
+    torch.manual_seed(1)
+    return (
+        torch.randn(num_labelled, 1, 2, 2),
+        torch.tensor([0, 2])[:num_labelled],
+        torch.randn(num_unlabelled, 1, 2, 2),
+        torch.randn(num_unlabelled, 1, 2, 2),
+    )
+
+
+def make(method="lyapema", **kwargs):
+    task = SemiSupervisedTask(Recorder(), K, method=method, **kwargs)
+    if method != "supervised":
+        task.setup_ema()
+    return task.train()
+
+
+@pytest.mark.parametrize("method", ["fixmatch", "ema-teacher", "lyapema"])
+def test_loss_is_equation_19_written_out(method):
+    task = make(method, threshold=0.4, unlabelled_weight=2.5, smoothing=0.1)
+    with torch.no_grad():
+        for p in task.trainable_module.parameters():
+            p.add_(0.5 * torch.randn_like(p))  # the teacher now differs from the student
+    image, label, weak, strong = batch()
+    result = task(image, label, weak, strong)
+
+    student = task.trainable_module.linear
+    teacher = student if method == "fixmatch" else task.trainable_module_ema.module.linear
+    confidence, pseudo = teacher(weak.flatten(1)).softmax(-1).max(-1)
+    supervised = F.cross_entropy(student(image.flatten(1)), label, label_smoothing=0.1)
+    each = F.cross_entropy(student(strong.flatten(1)), pseudo, reduction="none")
+    unsupervised = ((confidence > 0.4) * each).sum() / len(strong)
+    assert 0 < (confidence > 0.4).sum() <= len(strong)
+    assert result["loss"].item() == pytest.approx((supervised + 2.5 * unsupervised).item(), rel=1e-6)
+    assert result["output"].shape == (2, K)
+
+
+def test_methods_take_pseudo_labels_from_different_models():
+    """With student and teacher at odds, FixMatch follows the student and the others the teacher."""
+    labels = {}
+    for method in ("fixmatch", "ema-teacher", "lyapema"):
+        task = make(method)
+        with torch.no_grad():
+            task.trainable_module.linear.weight.zero_()
+            task.trainable_module.linear.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
+            task.trainable_module_ema.module.linear.weight.zero_()
+            task.trainable_module_ema.module.linear.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
+        labels[method] = task(*batch())["pseudo"].unique().tolist()
+    assert labels == {"fixmatch": [0], "ema-teacher": [1], "lyapema": [1]}
+
+
+def test_one_student_forward_for_labelled_and_strong_rows():
+    task = make("ema-teacher")
+    image, label, weak, strong = batch()
+    task(image, label, weak, strong)
+    ((rows, psi, nu, training),) = task.trainable_module.calls
+    assert torch.equal(rows, torch.cat([image, strong]))
+    assert psi is None
+    assert nu is None
+    assert training
+    ((rows, _, _, training),) = task.trainable_module_ema.module.calls
+    assert torch.equal(rows, weak)
+    assert not training
+
+
+def test_supervised_never_looks_at_unlabelled_images():
+    task = make("supervised")
+    image, label, _, _ = batch()
+    result = task(image, label)
+    assert "loss_unlabelled" not in result
+    assert result["loss"].item() == pytest.approx(
+        F.cross_entropy(task.trainable_module.linear(image.flatten(1)), label).item()
+    )
+
+
+def test_nothing_kept_trains_on_labels_only():
+    task = make("lyapema", threshold=0.999999)
+    image, label, weak, strong = batch()
+    result = task(image, label, weak, strong)
+    assert not result["keep"].any()
+    assert result["loss"].item() == result["loss_labelled"].item()
+
+
+def test_ssmixup_mixes_retained_rows_and_leaves_labelled_rows_alone():
+    task = make("lyapema", pseudo_mixup="ss", threshold=0.0, ssmixup_nu=0.2, ssmixup_ramp_steps=10)
+    task.num_updates = 4
+    image, label, weak, strong = batch()
+    task(image, label, weak, strong)
+    ((rows, psi, nu, _),) = task.trainable_module.calls
+    assert torch.equal(rows[:2], image)
+    assert nu[:2].tolist() == [0.0, 0.0]
+    assert nu[2:].tolist() == pytest.approx([0.1] * 6)  # half way up the ramp
+    # every mixed row is psi x_i + (1 - psi) x_j of two strong views, with psi in the range of Eq. (12)
+    for row, weight, own in zip(rows[2:], psi[2:], strong, strict=True):
+        partners = [(row - (weight * own + (1 - weight) * other)).abs().max() < 1e-5 for other in strong]
+        assert sum(partners) == 1
+        assert not partners[[torch.equal(own, other) for other in strong].index(True)]
+        assert 0.25 < weight < 0.75
+
+
+def test_ssmixup_without_confident_rows_is_the_plain_view():
+    task = make("lyapema", pseudo_mixup="ss", threshold=0.999999)
+    image, label, weak, strong = batch()
+    result = task(image, label, weak, strong)
+    assert torch.equal(task.trainable_module.calls[0][0], torch.cat([image, strong]))
+    assert result["loss_unlabelled"].item() == 0.0
+
+
+def test_prob_keeps_by_the_larger_confidence_of_a_pair():
+    task = make("ema-teacher", pseudo_mixup="prob", threshold=0.6)
+    seen = {}
+    task.trainable_module.register_forward_pre_hook(lambda _, args: seen.update(rows=args[0]))
+    result = task(*batch())
+    assert seen["rows"].shape[0] == 8
+    assert result["loss_unlabelled"].item() > 0 or not result["keep"].any()
+
+
+def test_teacher_stays_in_eval_mode_and_without_gradients():
+    task = make("lyapema").train()
+    assert not task.trainable_module_ema.module.training
+    task(*batch())["loss"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in task.trainable_module_ema.parameters())
+    assert all(p.grad is not None for p in task.trainable_module.parameters())
+
+
+def test_task_state_resumes_position_and_lyapunov_scalars():
+    task = make("lyapema")
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        task(*batch())["loss"].backward()
+        optimizer.step()
+        task.num_updates = step
+        task.update_ema(step)
+    assert task.lyap_stats.v > 0
+    other = make("lyapema")
+    student, teacher = task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)
+    other.load_checkpoint_state(student["state_dict"], student["task_state"])
+    other.load_checkpoint_state(teacher["state_dict_ema"], teacher["task_state_ema"], ema=True)
+    assert other.num_updates == 3
+    with torch.no_grad():
+        for t in (task, other):
+            for p in t.trainable_module.parameters():
+                p.add_(0.01)
+            t.update_ema(4)
+    assert task.lyap_stats == other.lyap_stats
+    for p, q in zip(task.trainable_module_ema.parameters(), other.trainable_module_ema.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_bad_arguments_name_the_value():
+    for kwargs, message in (
+        ({"method": "mixmatch"}, "method 'mixmatch'"),
+        ({"pseudo_mixup": "cutmix"}, "pseudo_mixup 'cutmix'"),
+        ({"threshold": 1.0}, "threshold is 1.0"),
+        ({"unlabelled_weight": -1.0}, "unlabelled_weight is -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SemiSupervisedTask(Recorder(), K, **kwargs)
+    with pytest.raises(ValueError, match="needs weak and strong views"):
+        make("fixmatch")(*batch()[:2])
+    with pytest.raises(ValueError, match="setup_ema"):
+        SemiSupervisedTask(Recorder(), K, method="ema-teacher")(*batch())
+
+
+def test_gradients_reach_every_parameter_of_a_real_vim_under_ssmixup():
+    model = timm.create_model("test_vim", num_classes=K, ssmixup_c="own")
+    size = model.pretrained_cfg["input_size"]
+    task = SemiSupervisedTask(model, K, pseudo_mixup="ss", threshold=0.0)
+    task.setup_ema()
+    task.train()
+    image, weak, strong = (torch.randn(2, *size) for _ in range(3))
+    task(image, torch.tensor([0, 1]), weak, strong)["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert semivim.LyapEmaV3 is type(task.trainable_module_ema)
