@@ -3,8 +3,6 @@
 A sequence of ``m`` patches carries its class token in slot ``m // 2``; the ``m + 1`` tokens together are ``l``.
 """
 
-import math
-
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
@@ -67,12 +65,6 @@ def resample_pos_embed(
         return pos_embed
     patches, token = remove_middle(pos_embed) if class_token else (pos_embed, pos_embed)
     grid = patches.reshape(1, old_grid[0], old_grid[1], -1).permute(0, 3, 1, 2).float()
-    grid = F.interpolate(grid, size=[new_grid[0], new_grid[1]], mode="bicubic", align_corners=False)
+    grid = F.interpolate(grid, size=[new_grid[0], new_grid[1]], mode="bicubic", align_corners=False, antialias=True)
     patches = grid.permute(0, 2, 3, 1).reshape(1, new_grid[0] * new_grid[1], -1).to(pos_embed.dtype)
     return insert_middle(patches, token) if class_token else patches
-
-
-def square_grid(num_patches: int) -> tuple[int, int] | None:
-    """Return the square grid of so many patches, or None where the number is not a square."""
-    side = math.isqrt(num_patches)
-    return (side, side) if side * side == num_patches else None

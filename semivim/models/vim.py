@@ -11,21 +11,19 @@ class token. ``semivim_*`` are the same backbone with SSMixup's read-out of the 
 """
 
 import math
-import re
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     PatchEmbed,
     calculate_drop_path_rates,
     get_device_dtype,
     lecun_normal_,
-    to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, clean_state_dict, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, register_model
 from torch import Tensor, nn
 
 from semivim._timm import feature_take_indices, update_model_input_size
@@ -36,6 +34,7 @@ from semivim.layers import (
     remove_middle,
     resample_pos_embed,
 )
+from semivim.models.vim_weights import WEIGHTS_ENTRY, checkpoint_filter_fn, default_cfgs  # noqa: F401  timm reads it
 
 __all__ = ["Vim"]
 
@@ -362,92 +361,12 @@ def _first_mixing(depth: int, ssmixup_c: str | None, ssmixup_layers: int | None)
     return depth - layers
 
 
-_RELEASED = re.compile(r"^layers\.|^norm_f\.")
-_HEAD = {"head.weight", "head.bias"}
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim, container: str = "model") -> dict[str, Tensor]:
-    """Turn a checkpoint of the released Vim, or of ours, into a state dict for ``model``.
-
-    Args:
-        state_dict: A state dict, possibly headless, or a training state that holds one.
-        model: The model to be loaded; its input size decides the position embedding's.
-        container: Entry of a released training state that holds the weights: ``model`` or ``model_ema``.
-
-    Returns:
-        State dict with our names and the position embedding resampled where the patch grids differ.
-
-    Raises:
-        ValueError: If a key belongs to no parameter of ``model`` (the message names them), or the position
-            embedding's grid cannot be told.
-    """
-    if isinstance(state_dict.get(container), dict):
-        state_dict = state_dict[container]
-    state_dict = clean_state_dict(state_dict)
-    names = {"layers.": "blocks.", "norm_f.": "norm."}
-    state_dict = {_RELEASED.sub(lambda found: names[found.group()], key): value for key, value in state_dict.items()}
-    unknown = sorted(set(state_dict) - set(model.state_dict()) - _HEAD)
-    if unknown:
-        raise ValueError(f"checkpoint has {len(unknown)} keys that {type(model).__name__} lacks: {', '.join(unknown)}")
-    if "pos_embed" in state_dict:
-        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], "cls_token" in state_dict, model)
-    return state_dict
-
-
-def _fit_pos_embed(pos_embed: Tensor, class_token: bool, model: Vim) -> Tensor:
-    """Resample a checkpoint's position embedding to the model's patch grid."""
-    num_patches = pos_embed.shape[1] - int(class_token)
-    source_size = getattr(model, "pretrained_model_args", {}).get("img_size")
-    if source_size is None:
-        side = math.isqrt(num_patches)
-        grid = (side, side)
-    else:
-        grid = model.patch_embed.dynamic_feat_size(to_2tuple(source_size))
-    if num_patches == model.patch_embed.num_patches and grid[0] * grid[1] != num_patches:
-        grid = model.patch_embed.grid_size
-    if grid[0] * grid[1] != num_patches:
-        raise ValueError(f"pos_embed has {num_patches} patch positions, wanted {grid[0]} x {grid[1]} of them")
-    return resample_pos_embed(pos_embed, model.patch_embed.grid_size, grid, class_token)
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "vim_tiny_patch16_224": _cfg(),
-        "vim_small_patch16_224": _cfg(),
-        "vim_base_patch16_224": _cfg(),
-        "vim_tiny_patch16_stride8_224": _cfg(),
-        "vim_small_patch16_stride8_224": _cfg(),
-        "semivim_tiny": _cfg(),
-        "semivim_small": _cfg(),
-        "semivim_base": _cfg(),
-        "semivim_pico": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-        "test_vim": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-    }
-)
-
-
 def _create_vim(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Vim:
     return build_model_with_cfg(
         Vim,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, container=WEIGHTS_ENTRY.get(variant, "model")),
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **{**defaults, **kwargs},
     )
