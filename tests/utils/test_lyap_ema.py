@@ -66,7 +66,7 @@ def test_update_keeps_the_identities_of_the_algorithm(mode: str) -> None:
     ema = LyapEmaV3(model, mode=mode)
     optimizer = make_optimizer(model)
     ema.attach(optimizer, model)
-    guarded = 0
+    guarded, ref = 0, None
     for step in range(1, 61):
         for group in optimizer.param_groups:
             group["lr"] = (0.3 if 20 <= step < 30 else 0.01) * group.get("lr_scale", 1.0)
@@ -88,6 +88,11 @@ def test_update_keeps_the_identities_of_the_algorithm(mode: str) -> None:
         assert stats.v_prev == v_prev
         assert ema.v == stats.v
         assert ema.min_decay <= stats.alpha <= ema.decay
+        ref = stats.distance if ref is None else ref
+        scaled = stats.distance / {"default": ref, "paper_stable": stats.teacher_norm, "literal": 1.0}[mode]
+        expected = ema.min_decay + (ema.decay - ema.min_decay) * (2 / (1 + math.exp(-ema.gamma * scaled)) - 1)
+        assert stats.alpha == pytest.approx(expected, rel=1e-9)
+        ref = 0.99 * ref + 0.01 * stats.distance
         if mode in PROJECTING:
             norm = math.sqrt(sum(t.double().square().sum().item() for t in teacher_before))
             bound = max((1 - 1e-3) * v_prev, 0.5 * (ema.v_radius * norm) ** 2)
@@ -271,6 +276,16 @@ def test_literal_stops_training(caplog: pytest.LogCaptureFixture) -> None:
     assert lr_scale[0] == 0.5
     assert lr_scale[19] < 0.02
     assert lr_scale[39] < 2e-3
+
+
+def test_literal_fails_where_v_stands_still() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, mode="literal")
+    optimizer = make_optimizer(model, lr=0.0, name="sgd")
+    ema.attach(optimizer, model)
+    train_step(model, optimizer, 0)
+    stats = ema.update(model)
+    assert (stats.v, stats.v_prev, stats.violated) == (0.0, 0.0, True)
 
 
 def test_literal_asks_to_be_attached() -> None:
