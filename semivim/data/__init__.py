@@ -1,12 +1,14 @@
 """Images, label splits, views and mixing for semi-supervised training."""
 
 from semivim.data.label_split import LabelSplit, complete_split, load_split, make_split, save_split
+from semivim.data.list_files import ListedImages, read_list, split_from_lists
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
     join_sources,
     open_source,
     open_unlabelled_folder,
+    select_images,
 )
 from semivim.data.ssmixup import (
     MixedBatch,
@@ -31,6 +33,7 @@ __all__ = [
     "ImageSource",
     "LabelSplit",
     "LabelledBatch",
+    "ListedImages",
     "MixedBatch",
     "SslBatch",
     "SslLoader",
@@ -51,5 +54,8 @@ __all__ = [
     "open_source",
     "open_unlabelled_folder",
     "pair_retained",
+    "read_list",
     "save_split",
+    "select_images",
+    "split_from_lists",
 ]

@@ -140,8 +140,8 @@ def make_split(
 def complete_split(
     labels: np.ndarray,
     num_classes: int,
-    labelled: np.ndarray,
-    unlabelled: np.ndarray | None = None,
+    labelled: Sequence[int] | np.ndarray,
+    unlabelled: Sequence[int] | np.ndarray | None = None,
     min_per_class: int = 1,
     include_labelled: bool = False,
 ) -> LabelSplit:
@@ -170,7 +170,10 @@ def complete_split(
         unlabelled = _check_positions("unlabelled", unlabelled, len(labels))
         both = np.intersect1d(labelled, unlabelled)
         if len(both) and not include_labelled:
-            raise ValueError(f"{len(both)} images are both labelled and unlabelled, the first is image {both[0]}")
+            raise ValueError(
+                f"{len(both)} images are both labelled and unlabelled, the first is image {both[0]}; "
+                f"include_labelled=True accepts that"
+            )
     if include_labelled:
         unlabelled = np.union1d(labelled, unlabelled)
     split = LabelSplit(labels, labelled, unlabelled, num_classes)
@@ -223,7 +226,7 @@ def _listed(values: np.ndarray, limit: int = 10) -> str:
     return ", ".join(str(value) for value in values[:limit]) + more
 
 
-def _check_positions(name: str, positions: np.ndarray, num_images: int) -> np.ndarray:
+def _check_positions(name: str, positions: Sequence[int] | np.ndarray, num_images: int) -> np.ndarray:
     positions = np.asarray(positions, dtype=np.int64)
     outside = positions[(positions < 0) | (positions >= num_images)]
     if len(outside):

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
+from torchvision.datasets import DatasetFolder
 
 from semivim.data.label_split import UNKNOWN
 
@@ -140,6 +143,21 @@ def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
     return ImageSource(_JoinedReader(first, second), labels, first.class_names, names, root)
 
 
+def select_images(source: ImageSource, positions: np.ndarray, labels: np.ndarray | None = None) -> ImageSource:
+    """Keep some images of a source, in the given order.
+
+    Args:
+        source: Where the images are.
+        positions: The images to keep, ``(n,)``.
+        labels: Their classes, ``(n,)``; the source's where None or -1.
+    """
+    kept = source.labels[positions]
+    if labels is not None:
+        kept = np.where(labels == UNKNOWN, kept, labels)
+    names = None if source.names is None else [source.names[position] for position in positions]
+    return ImageSource(_SelectedReader(source, positions), kept, source.class_names, names, source.root)
+
+
 class _FileReader:
     def __init__(self, root: str, names: Sequence[str]) -> None:
         self.root, self.names = root, names
@@ -157,7 +175,15 @@ class _JoinedReader:
 
     def __call__(self, index: int) -> Image.Image:
         n = len(self.first)
-        return self.first.image(index) if index < n else self.second.image(index - n)
+        return self.first.read(index) if index < n else self.second.read(index - n)
+
+
+class _SelectedReader:
+    def __init__(self, source: ImageSource, positions: np.ndarray) -> None:
+        self.source, self.positions = source, positions
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.source.read(int(self.positions[index]))
 
 
 class _TimmReader:
@@ -198,26 +224,50 @@ def _open_timm(dataset: str, data_dir: str | None, split: str, **options: Any) -
     needs_folder = not dataset.lower().startswith("hfds/") and not (data_dir and options.get("download"))
     if needs_folder and not os.path.exists(data_dir or ""):
         raise ValueError(f"data_dir {data_dir!r} does not exist (dataset {dataset!r})")
-    opened = create_dataset("" if dataset == "folder" else dataset, root=data_dir, split=split, **options)
-    reader = getattr(opened, "reader", None)
-    if reader is None:
+    try:
+        opened = create_dataset("" if dataset == "folder" else dataset, root=data_dir, split=split, **options)
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:
+        raise ValueError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {error}") from error
+    if not isinstance(opened, ImageDataset):
         return _from_torchvision(dataset, opened)
-    class_names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
-    if hasattr(reader, "iter_targets"):  # Hugging Face
-        return ImageSource(_TimmReader(reader), list(reader.iter_targets()), class_names)
-    if hasattr(reader, "targets"):  # tar
+    reader = opened.reader
+    if isinstance(reader, ReaderImageFolder):
+        source = _from_class_folders(reader.samples, reader.class_to_idx, reader.root)
+        if not options.get("class_map"):
+            _refuse_empty_folders(source, reader.root)
+        return source
+    if isinstance(reader, ReaderImageInTar):
+        class_names = sorted(reader.class_name_to_idx, key=reader.class_name_to_idx.get)
         return ImageSource(_TimmReader(reader), reader.targets, class_names, reader.filenames(), reader.root)
-    labels = [label for _, label in reader.samples]
-    return ImageSource(_TimmReader(reader), labels, class_names, reader.filenames(), reader.root)
+    labels = [UNKNOWN if label is None else label for label in reader.iter_targets()]  # Hugging Face
+    return ImageSource(_TimmReader(reader), labels, sorted(reader.class_to_idx, key=reader.class_to_idx.get))
+
+
+def _from_class_folders(samples: Sequence[tuple[str, int]], class_to_idx: dict[str, int], root: str) -> ImageSource:
+    """Images directly in the root belong to no class: timm gives them a class with an empty name, the first one."""
+    shift = 1 if "" in class_to_idx else 0
+    names = [os.path.relpath(path, root) for path, _ in samples]
+    labels = [label - shift for _, label in samples]
+    class_names = sorted(class_to_idx, key=lambda name: class_to_idx[name])[shift:]
+    return ImageSource(_FileReader(root, names), labels, class_names or None, names, root)
+
+
+def _refuse_empty_folders(source: ImageSource, root: str) -> None:
+    """A class folder without images would silently shift the labels of those after it."""
+    folders = {name.split(os.sep, 1)[0] for name in source.names or () if os.sep in name}
+    with os.scandir(root) as entries:
+        empty = sorted(entry.name for entry in entries if entry.is_dir() and entry.name not in folders)
+    empty = [name for name in empty if not name.startswith(".")]
+    if empty and folders:
+        raise ValueError(f"class folders without an image in {root!r}: {', '.join(empty[:10])}")
 
 
 def _from_torchvision(dataset: str, opened: Any) -> ImageSource:
+    if isinstance(opened, DatasetFolder):
+        return _from_class_folders(opened.samples, opened.class_to_idx, str(opened.root))
     labels = getattr(opened, "targets", None)
     if labels is None:
         raise ValueError(f"dataset {dataset!r} gives no list of labels; wanted {_WORKING_SOURCES}")
-    if isinstance(opened.samples if hasattr(opened, "samples") else None, list):  # class folders
-        names = [os.path.relpath(path, opened.root) for path, _ in opened.samples]
-        return ImageSource(_FileReader(opened.root, names), labels, opened.classes, names, opened.root)
     return ImageSource(_PairReader(opened), labels, getattr(opened, "classes", None))
 
 

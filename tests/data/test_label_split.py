@@ -1,0 +1,257 @@
+import hashlib
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semivim.data.label_split import LabelSplit, complete_split, load_split, long_tail, make_split, save_split
+
+
+def balanced(per_class=100, num_classes=5):
+    return np.tile(np.arange(num_classes), per_class)
+
+
+def test_fractions_are_nested_and_stratified():
+    labels = balanced(1300, 4)
+    splits = [make_split(labels, 4, fraction=p, seed=7) for p in (0.01, 0.05, 0.10)]
+    assert [split.labels_per_class.tolist() for split in splits] == [[13] * 4, [65] * 4, [130] * 4]
+    for small, large in zip(splits, splits[1:], strict=False):
+        assert set(small.labelled) < set(large.labelled)
+    for split in splits:
+        assert np.array_equal(np.union1d(split.labelled, split.unlabelled), np.arange(len(labels)))
+        assert not set(split.labelled) & set(split.unlabelled)
+
+
+def test_seed_and_fold_give_the_same_split_again_and_others_differ():
+    labels = balanced()
+    first = make_split(labels, 5, per_class=4, seed=1, fold=0)
+    assert first.sha256 == make_split(labels, 5, per_class=4, seed=1, fold=0).sha256
+    others = {make_split(labels, 5, per_class=4, seed=s, fold=f).sha256 for s, f in ((1, 1), (2, 0), (1, 2), (0, 1))}
+    assert len(others | {first.sha256}) == 5
+
+
+def test_the_draw_is_pinned_across_releases():
+    split = make_split(balanced(10, 3), 3, per_class=2, seed=42)
+    assert split.labelled.tolist() == [2, 5, 10, 15, 18, 22]
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.integers(0, 3), min_size=8, max_size=60),
+    st.floats(0.01, 1),
+    st.integers(1, 3),
+    st.integers(0, 1000),
+)
+def test_every_class_gets_its_share_or_the_minimum(drawn, fraction, minimum, seed):
+    labels = np.array([0, 1, 2, 3, *drawn])
+    sizes = np.bincount(labels, minlength=4)
+    try:
+        split = make_split(labels, 4, fraction=fraction, min_per_class=minimum, seed=seed)
+    except ValueError as error:
+        assert "no unlabelled image" in str(error)
+        return
+    for size, count in zip(sizes, split.labels_per_class, strict=True):
+        assert count == min(max(int(fraction * size + 0.5), minimum), size)
+
+
+def test_a_rare_class_keeps_a_label_unless_asked_otherwise():
+    labels = np.array([0] * 200 + [1] * 5)
+    assert make_split(labels, 2, fraction=0.01).labels_per_class.tolist() == [2, 1]
+    split = make_split(labels, 2, fraction=0.01, min_per_class=0)
+    assert split.labels_per_class.tolist() == [2, 0]
+    assert split.classes_without_label.tolist() == [1]
+    assert split.ceiling == 0.5
+    assert "classes without labels: 1 (1); balanced accuracy cannot exceed 50.0%" in split.report()
+
+
+def test_images_of_unknown_class_are_only_ever_unlabelled():
+    labels = np.array([0, 0, 1, 1, -1, -1])
+    split = make_split(labels, 2, fraction=1.0)
+    assert split.labelled.tolist() == [0, 1, 2, 3]
+    assert split.unlabelled.tolist() == [4, 5]
+
+
+def test_labelled_images_may_be_used_as_unlabelled_too():
+    split = make_split(balanced(10, 2), 2, per_class=3, include_labelled=True)
+    assert len(split.unlabelled) == 20
+    assert split.effective_fraction == 6 / 20
+    assert make_split(balanced(10, 2), 2, per_class=3).effective_fraction == 6 / 20
+
+
+@pytest.mark.parametrize(
+    ("first", "factor", "largest", "smallest"), [(1500, 100, 1500, 15), (500, 150, 500, 3), (150, 10, 150, 15)]
+)
+def test_long_tail_of_the_published_settings(first, factor, largest, smallest):
+    counts = long_tail(10, first, factor)
+    assert (counts[0], counts[-1]) == (largest, smallest)
+    assert (np.diff(counts) <= 0).all()
+    k = 4
+    assert counts[k] == int(first * factor ** (-k / 9))
+    assert long_tail(10, first, -factor).tolist() == counts[::-1].tolist()
+
+
+def test_long_tailed_split_takes_labelled_first_and_may_reverse_the_rest():
+    labels = balanced(60, 4)
+    split = make_split(labels, 4, imb_n1=20, imb_factor_l=10, imb_m1=40, imb_factor_u=-20)
+    assert split.labels_per_class.tolist() == [20, 9, 4, 2]
+    assert np.bincount(labels[split.unlabelled]).tolist() == [2, 5, 14, 40]
+    assert not set(split.labelled) & set(split.unlabelled)
+    assert split.effective_fraction == 35 / (35 + 61)
+    rest = make_split(labels, 4, imb_n1=20, imb_factor_l=10)
+    assert np.array_equal(rest.labelled, split.labelled)
+    assert len(rest.unlabelled) == 240 - 35
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of fraction, per_class, imb_n1 must be given, got none"),
+        ({"fraction": 0.1, "per_class": 4}, "got fraction, per_class"),
+        ({"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0.0"),
+        ({"fraction": 1.5}, "got 1.5"),
+        ({"fraction": float("nan")}, "got nan"),
+        ({"fraction": 1.0}, "no unlabelled image is left"),
+        ({"per_class": 0}, "5 of 5 classes have no labelled image: 0, 1, 2, 3, 4"),
+        ({"per_class": -1}, "per_class must not be negative, got -1"),
+        ({"per_class": 101}, "per_class wants 101 images of class 0, only 100 are left"),
+        ({"fraction": 0.1, "min_per_class": -1}, "min_per_class must not be negative, got -1"),
+        ({"fraction": 0.1, "imb_m1": 5}, "imb_m1 is 5 without imb_n1"),
+        ({"imb_n1": 0}, "imb_n1 must be at least 1, got 0"),
+        ({"imb_n1": 10, "imb_factor_l": 0.5}, "imb_factor_l must be at least 1"),
+        ({"imb_n1": 10, "imb_factor_l": 100}, "have no labelled image: 3, 4"),
+        ({"imb_n1": 60, "imb_m1": 60}, "imb_m1 wants 60 images of class 0, only 40 are left"),
+        ({"imb_n1": 60, "imb_m1": 4, "imb_factor_u": 0.0}, "imb_factor_u must be at least 1, or at most -1"),
+        ({"per_class": 1, "seed": -1}, "seed=-1"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_split(balanced(), 5, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2], "label 2 of image 2 is out of range for num_classes=2"),
+        ([0, -2, 1], "label -2 of image 1"),
+        ([0, 0, 0], "1 of 2 classes have no labelled image: 1"),
+    ],
+)
+def test_labels_that_cannot_be(labels, message):
+    with pytest.raises(ValueError, match=message):
+        make_split(np.array(labels), 2, fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("labelled", "unlabelled", "message"),
+    [
+        ([0, 4], None, "labelled index 4 is out of range for 4 images"),
+        ([-1, 0], None, "labelled index -1 is out of range"),
+        ([0, 0, 1], None, "labelled index 0 is given 2 times"),
+        ([0, 1], [2, 9], "unlabelled index 9"),
+        ([0, 1], [1, 2], "1 images are both labelled and unlabelled, the first is image 1"),
+        ([0, 1], [], "no unlabelled image"),
+        ([0, 3], None, "labelled image 3 has no known label"),
+    ],
+)
+def test_positions_that_cannot_be(labelled, unlabelled, message):
+    with pytest.raises(ValueError, match=message):
+        complete_split(np.array([0, 1, 1, -1]), 2, labelled, unlabelled)
+
+
+def names(n):
+    return [f"class {i % 3}/a b_{i}.png" for i in range(n)]
+
+
+@pytest.mark.parametrize("with_names", [True, False])
+def test_saved_split_comes_back(tmp_path, with_names):
+    labels = balanced(20, 3)
+    split = make_split(labels, 3, per_class=4, seed=3)
+    known = names(60) if with_names else None
+    save_split(split, tmp_path, known)
+    assert sorted(os.listdir(tmp_path)) == ["labelled.txt", "unlabelled.txt"]
+    loaded = load_split(tmp_path, labels, 3, known)
+    assert loaded.sha256 == split.sha256
+    assert np.array_equal(loaded.labelled, split.labelled)
+    assert np.array_equal(loaded.unlabelled, split.unlabelled)
+    header, first = (tmp_path / "labelled.txt").read_text().splitlines()[:2]
+    assert split.sha256 in header
+    position = split.labelled[0]
+    assert first == f"{position} {labels[position]}" + (f" {known[position]}" if with_names else "")
+
+
+def test_saved_labels_fill_in_what_the_data_set_does_not_know(tmp_path):
+    split = complete_split(np.array([1, 0, -1, -1]), 2, np.array([0, 1]))
+    save_split(split, tmp_path)
+    loaded = load_split(tmp_path, np.full(4, -1), 2)
+    assert loaded.labels.tolist() == [1, 0, -1, -1]
+
+
+def test_fingerprint_covers_positions_labels_and_unlabelled():
+    base = LabelSplit(np.array([0, 1, 0, 1]), np.array([0, 1]), np.array([2, 3]), 2)
+    others = [
+        LabelSplit(np.array([1, 1, 0, 1]), np.array([0, 1]), np.array([2, 3]), 2),
+        LabelSplit(np.array([0, 1, 0, 1]), np.array([0, 3]), np.array([1, 2]), 2),
+        LabelSplit(np.array([0, 1, 0, 1]), np.array([0, 1]), np.array([2]), 2),
+        LabelSplit(np.array([0, 1, 0, 1]), np.array([0, 1]), np.array([2, 3]), 3),
+    ]
+    assert len({split.sha256 for split in [base, *others]}) == 5
+    assert len(base.sha256) == len(hashlib.sha256().hexdigest())
+
+
+def _edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "labelled.txt").unlink(), "labelled.txt does not exist"),
+        (lambda d: (d / "unlabelled.txt").write_text(""), "unlabelled.txt is not a saved unlabelled split"),
+        (lambda d: (d / "labelled.txt").write_text("0 0\n"), "labelled.txt is not a saved labelled split"),
+        (lambda d: (d / "labelled.txt").write_text((d / "unlabelled.txt").read_text()), "not a saved labelled split"),
+        (
+            lambda d: (d / "unlabelled.txt").write_text((d / "unlabelled.txt").read_text()[:300]),
+            "unlabelled.txt is dam",
+        ),
+        (lambda d: _edit(d / "labelled.txt", "\n3 0", "\n3 1"), "says class 1 for image 3, the data set says 0"),
+        (
+            lambda d: _edit(d / "labelled.txt", "\n3 0 class 0/a b_3", "\n9 0 class 0/a b_9"),
+            "is damaged: sha256",
+        ),
+        (lambda d: _edit(d / "labelled.txt", "\n3 0", "\n-3 0"), "line 5: '-3 0 .* does not start with 2 numbers"),
+        (lambda d: _edit(d / "labelled.txt", "\n3 0", "\n60 0"), "index 60 is out of range for 60 images"),
+        (lambda d: _edit(d / "labelled.txt", "a b_3", "a b_4"), "'class 0/a b_4.png' is image 3, the data set has"),
+    ],
+)
+def test_damaged_or_foreign_files_are_refused(tmp_path, damage, message):
+    labels = np.tile(np.arange(3), 20)
+    split = complete_split(labels, 3, np.array([0, 3, 1, 2]))
+    save_split(split, tmp_path, names(60))
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_split(tmp_path, labels, 3, names(60))
+
+
+def test_a_split_of_another_data_set_is_refused(tmp_path):
+    save_split(make_split(balanced(20, 3), 3, per_class=4), tmp_path)
+    with pytest.raises(ValueError, match="written for 60 images of 3 classes, the data set has 63 of 3"):
+        load_split(tmp_path, balanced(21, 3), 3)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    save_split(make_split(balanced(20, 3), 3, per_class=4), tmp_path)
+    before = (tmp_path / "labelled.txt").read_text()
+
+    def full(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_split(make_split(balanced(20, 3), 3, per_class=5), tmp_path)
+    assert (tmp_path / "labelled.txt").read_text() == before
+    assert sorted(os.listdir(tmp_path)) == ["labelled.txt", "unlabelled.txt"]

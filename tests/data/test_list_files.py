@@ -1,0 +1,168 @@
+import os
+
+import numpy as np
+import pytest
+
+from semivim.data.list_files import read_list, split_from_lists
+from semivim.data.sources import open_source, open_unlabelled_folder
+
+NAMES = [f"train/n0{c}/n0{c}_{i}.png" for c in range(3) for i in (2, 10, 1)]
+
+
+@pytest.fixture
+def data_dir(write_images):
+    return str(write_images([*NAMES, "val/n00/n00_7.png"]))
+
+
+@pytest.fixture
+def source(data_dir):
+    return open_source("", data_dir, "train")
+
+
+@pytest.fixture
+def write_list(tmp_path):
+    def write(*lines, name="list.txt"):
+        path = tmp_path / name
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    return write
+
+
+def listed_names(source, path, data_dir=None):
+    return [source.names[position] for position in read_list(path, source, 3, data_dir).positions]
+
+
+def test_bare_file_names(source, write_list):
+    path = write_list("n01_10.png", "", "n00_2.png")
+    assert listed_names(source, path) == ["n01/n01_10.png", "n00/n00_2.png"]
+    assert read_list(path, source, 3).labels.tolist() == [-1, -1]
+
+
+def test_paths_with_labels_from_the_root_of_data_or_split(source, data_dir, write_list):
+    path = write_list("train/n01/n01_10.png 1", "n00/n00_2.png 0")
+    listed = read_list(path, source, 3, data_dir)
+    assert [source.names[position] for position in listed.positions] == ["n01/n01_10.png", "n00/n00_2.png"]
+    assert listed.labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"line 1: 'train/n01/n01_10.png' is not an image below .*train"):
+        read_list(path, source, 3)
+
+
+def test_index_counts_in_torchvisions_order(source, data_dir, write_list):
+    from torchvision.datasets import ImageFolder
+
+    reference = ImageFolder(os.path.join(data_dir, "train"))
+    path = write_list("Index", "1", "8", "3", name="list.csv")
+    expected = [os.path.relpath(reference.samples[i][0], reference.root) for i in (1, 8, 3)]
+    assert listed_names(source, path) == expected
+    # timm orders x_2 before x_10, torchvision after: a list read in timm's order would name other images.
+    assert expected != [source.names[i] for i in (1, 8, 3)]
+
+
+def test_index_may_be_one_of_several_columns(source, write_list):
+    path = write_list("label,Index", "0,0", "1,3", name="list.csv")
+    assert listed_names(source, path) == ["n00/n00_1.png", "n01/n01_1.png"]
+
+
+def test_index_of_images_without_names(write_list):
+    digits = open_source("embedded/digits")
+    path = write_list("Index", "5", "1296", name="list.csv")
+    assert read_list(path, digits, 10).positions.tolist() == [5, 1296]
+    with pytest.raises(ValueError, match="the images of this data set have no names; wanted 'Index'"):
+        read_list(write_list("a.png"), digits, 10)
+
+
+def test_names_with_spaces(write_images, write_list):
+    source = open_unlabelled_folder(str(write_images(["my dir/a 1.png", "my dir/b 2.png"])))
+    listed = read_list(write_list("my dir/b 2.png", "my dir/a 1.png 2"), source, 3)
+    assert [source.names[position] for position in listed.positions] == ["my dir/b 2.png", "my dir/a 1.png"]
+    assert listed.labels.tolist() == [-1, 2]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["n00/n00_1.png 0", "../secret.png 0"], "line 2: '../secret.png' is outside the root"),
+        (["n00/../n01/n01_1.png"], "line 1: 'n00/../n01/n01_1.png' is outside the root"),
+        (["n00\\..\\..\\secret.png"], "is outside the root"),
+        (["/etc/passwd"], "line 1: '/etc/passwd' is outside the root"),
+        (["n00/n00_9.png"], "line 1: 'n00/n00_9.png' is not an image below"),
+        (["n00_7.png"], "'n00_7.png' is not an image below"),
+        (["n00/n00_1.png 3"], "line 1: label 3 is out of range for num_classes=3"),
+        (["n00/n00_1.png -2"], "line 1: label -2 is out of range"),
+        (["n00/n00_1.png 1"], "line 1: class 1, but the data set has .*n00/n00_1.png as 0"),
+        (["n00/n00_1.png 0", "n01/n01_1.png 1", "n00_1.png"], "line 3: .*n00_1.png is listed before, in line 1"),
+        (["Index", "9"], "line 2: index '9' is out of range for 9 images"),
+        (["Index", "0", "-1"], "line 3: index '-1' is out of range"),
+        (["Index", "1.5"], "line 2: index '1.5' is out of range"),
+        (["Index", "4", "4"], "line 3: .* is listed before, in line 2"),
+        (["Index"], "names no image"),
+        ([""], "names no image"),
+    ],
+)
+def test_entries_that_cannot_be(source, write_list, lines, message):
+    with pytest.raises(ValueError, match=f"list '.*{'list.txt'}'.*{message}"):
+        read_list(write_list(*lines), source, 3)
+
+
+def test_missing_list(source, tmp_path):
+    with pytest.raises(ValueError, match=r"list '.*none.txt' is not a file"):
+        read_list(str(tmp_path / "none.txt"), source, 3)
+
+
+def test_ambiguous_file_name(write_images, write_list):
+    source = open_source("", str(write_images(["a/1.png", "b/1.png"])))
+    with pytest.raises(ValueError, match="'1.png' is the name of several images"):
+        read_list(write_list("1.png"), source, 2)
+    assert listed_names(source, write_list("b/1.png")) == ["b/1.png"]
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_links_out_of_the_root_are_refused(write_images, write_list, tmp_path, what):
+    root = write_images(["a/1.png", "b/2.png"])
+    outside = tmp_path / "outside" / "c"
+    outside.mkdir(parents=True)
+    (outside / "3.png").write_bytes((root / "a/1.png").read_bytes())
+    if what == "file":
+        (root / "c").mkdir()
+        (root / "c/3.png").symlink_to(outside / "3.png")
+    else:
+        (root / "c").symlink_to(outside)
+    (root / "b/inside.png").symlink_to(root / "a/1.png")
+    source = open_source("", str(root))
+    assert listed_names(source, write_list("b/inside.png")) == ["b/inside.png"]
+    with pytest.raises(ValueError, match=r"line 1: 'c/3.png' is a link to .*outside/c/3.png, outside the root"):
+        read_list(write_list("c/3.png 2"), source, 3)
+
+
+def test_root_reached_through_a_link_is_no_escape(write_images, write_list, tmp_path):
+    root = write_images(["a/1.png", "b/2.png"])
+    (tmp_path / "alias").symlink_to(root)
+    source = open_source("", str(tmp_path / "alias"))
+    assert listed_names(source, write_list("a/1.png 0")) == ["a/1.png"]
+
+
+def test_split_from_both_lists(source, data_dir, write_list):
+    labelled = write_list("n00_1.png", "n01_2.png", "n02_10.png", name="labelled.txt")
+    split = split_from_lists(source, 3, labelled, data_dir=data_dir)
+    assert sorted(source.names[i] for i in split.labelled) == ["n00/n00_1.png", "n01/n01_2.png", "n02/n02_10.png"]
+    assert len(split.unlabelled) == 6
+    some = write_list("n00_2.png", "n00_10.png", name="unlabelled.txt")
+    assert split_from_lists(source, 3, labelled, some).unlabelled.tolist() == [
+        source.names.index("n00/n00_2.png"),
+        source.names.index("n00/n00_10.png"),
+    ]
+    with pytest.raises(ValueError, match="1 images are both labelled and unlabelled"):
+        split_from_lists(source, 3, labelled, write_list("n00_1.png", "n00_2.png", name="both.txt"))
+
+
+def test_a_list_may_be_all_that_is_known_of_the_labels(write_images, write_list):
+    source = open_unlabelled_folder(str(write_images([f"{i}.png" for i in range(4)])))
+    split = split_from_lists(source, 2, write_list("0.png 1", "2.png 0"))
+    assert split.labels.tolist() == [1, -1, 0, -1]
+    assert np.array_equal(split.unlabelled, [1, 3])
+    with pytest.raises(ValueError, match="labelled image 1 has no known label"):
+        split_from_lists(source, 2, write_list("0.png 1", "1.png", "2.png 0"))
+    with pytest.raises(ValueError, match="1 of 2 classes have no labelled image: 0"):
+        split_from_lists(source, 2, write_list("0.png 1"))
+    assert len(split_from_lists(source, 2, write_list("0.png 1"), min_per_class=0).labelled) == 1
