@@ -1,0 +1,258 @@
+"""The selective scan on a CPU: describes tensors to the kernels of `scan_kernels_numba`, spreads them over threads.
+
+The kernels take float32 or, where all tensors over tokens have it, bfloat16; anything else is converted first.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import scan_kernels_numba as kernels
+from .threads import run_tasks
+from .vector_numba import BFLOAT16, FLOAT32, LANES, LOG2_E
+
+
+def unavailable(device: torch.device) -> str:
+    """Return why this backend cannot run on a device."""
+    return "" if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
+
+
+class _Side(NamedTuple):
+    """One direction's operands."""
+
+    u: Tensor
+    delta: Tensor
+    B: Tensor
+    C: Tensor
+    A: Tensor
+    D: Tensor | None
+    bias: Tensor | None
+    leak: Tensor | None
+    reverse: bool
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor over tokens in a dtype, its last dimension dense."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+class _Launch:
+    """A call's records, and the tensors whose addresses they hold."""
+
+    def __init__(self, sides: list[_Side], z: Tensor | None, scale: float, softplus: bool) -> None:
+        over_tokens = [x for side in sides for x in side[:4]] + ([] if z is None else [z])
+        self.dtype = torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in over_tokens) else torch.float32
+        self.kind = BFLOAT16 if self.dtype == torch.bfloat16 else FLOAT32
+        self.kept: list[Tensor] = []
+        self.u, self.n = sides[0].u, sides[0].A.shape[1]
+        self.images, tokens, channels = self.u.shape
+        self.quads = -(-self.n // kernels.QUAD)
+        self.lanes = -(-channels // LANES) * LANES
+        self.call = np.zeros(1, kernels.CALL)
+        self.sides = np.zeros(len(sides), kernels.DIRECTION)
+        blocks = -(-channels // kernels.BLOCK)
+        for field, value in (
+            ("tokens", tokens),
+            ("channels", channels),
+            ("lanes", self.lanes),
+            ("blocks", blocks),
+            ("n", self.n),
+            ("quads", self.quads),
+            ("directions", len(sides)),
+            ("softplus", softplus),
+            ("size", self.dtype.itemsize),
+            ("scale", scale),
+        ):
+            self.call[field] = value
+        for row, side in zip(self.sides, sides, strict=True):
+            for name in ("u", "delta", "B", "C"):
+                self._describe(row, name, getattr(side, name))
+            for name in ("D", "bias", "leak"):
+                self._address(row, name, _dense(getattr(side, name)))
+            self._address(row, "A", self._transpose(side.A))
+            row["reverse"] = side.reverse
+        if z is not None:
+            self._describe(self.call[0], "z", z)
+
+    def _address(self, row: np.void, name: str, x: Tensor | None) -> None:
+        if x is not None:
+            self.kept.append(x)
+            row[name] = x.data_ptr()
+
+    def _describe(self, row: np.void, name: str, x: Tensor) -> None:
+        x = _rows(x, self.dtype)
+        self._address(row, name, x)
+        row[f"{name}_image"] = x.stride(0) * x.itemsize
+        row[f"{name}_token"] = x.stride(1) * x.itemsize
+
+    def _transpose(self, A: Tensor) -> Tensor:
+        padded = A.new_zeros(self.quads * kernels.QUAD, self.lanes, dtype=torch.float32)
+        padded[: self.n, : A.shape[0]] = A.t() * LOG2_E
+        return padded
+
+    def new(self, row: np.void, name: str, *shape: int, dtype: torch.dtype | None = None, zero: bool = False) -> Tensor:
+        """Allocate what the kernel writes to."""
+        make = torch.zeros if zero else torch.empty
+        x = make(shape, dtype=self.dtype if dtype is None else dtype)
+        self._address(row, name, x)
+        return x
+
+    def run(self, kernel, count: int, scratch: dict[str, int]) -> None:  # type: ignore[no-untyped-def]
+        """Run a kernel's tasks, each thread with its own scratch."""
+
+        def run_range(begin: int, end: int) -> None:
+            place = np.zeros(1, kernels.PLACE)
+            memory = torch.empty(sum(scratch.values()) // 4 + LANES)
+            address = -(-memory.data_ptr() // kernels.WIDTH) * kernels.WIDTH
+            for field, size in scratch.items():
+                place[field] = address
+                address += size
+            kernel(self.kind, self.call, self.sides, place, begin, end)
+
+        run_tasks(run_range, count)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        call, (_, tokens, channels) = self.call[0], self.u.shape
+        chunks = (tokens - 1) // kernels.CHUNK
+        out = self.new(call, "out", *self.u.shape)
+        states = self.new(call, "states", self.images, len(self.sides), chunks, self.n, channels, dtype=torch.float32)
+        scratch = kernels.forward_scratch(tokens, self.quads, len(self.sides))
+        self.run(kernels.forward, self.images * int(call["blocks"]), scratch)
+        return out.to(self.u.dtype), states
+
+    def backward(self, grad: Tensor, states: Tensor, packed: bool) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
+        """Return the gradient of z and, per direction, the others by name."""
+        call, (_, tokens, channels), directions = self.call[0], self.u.shape, len(self.sides)
+        wide = torch.float32
+        self._describe(call, "grad", grad)
+        self._address(call, "states", states.contiguous())
+        quads, blocks = self.quads * kernels.QUAD, int(call["blocks"])
+        self.new(call, "dBC", self.images, blocks, directions, tokens, 2, quads, dtype=wide)
+        dA = self.new(call, "dA", self.images, directions, quads, self.lanes, dtype=wide, zero=True)
+        dD = self.new(call, "dD", self.images, directions, self.lanes, dtype=wide, zero=True)
+        dbias = self.new(call, "dbias", self.images, directions, self.lanes, dtype=wide, zero=True)
+        dz = self.new(call, "dz", *self.u.shape) if call["z"] else None
+        gradients = []
+        for row in self.sides:
+            of_side = {name: self.new(row, f"d{name}", *self.u.shape) for name in ("u", "delta")}
+            if packed:
+                of_side["bc"] = self.new(row, "dB", self.images, tokens, 2 * self.n)
+                row["dC"] = row["dB"] + self.n * self.dtype.itemsize
+                row["dBC_token"] = 2 * self.n * self.dtype.itemsize
+            else:
+                of_side |= {name: self.new(row, f"d{name}", self.images, tokens, self.n) for name in ("B", "C")}
+                row["dBC_token"] = self.n * self.dtype.itemsize
+            gradients.append(of_side)
+        scratch = kernels.backward_scratch(tokens, self.quads, directions)
+        self.run(kernels.backward, self.images * blocks, scratch)
+        run_tasks(lambda begin, end: kernels.sum_blocks(self.kind, self.call, self.sides, begin, end), self.images)
+        for k, of_side in enumerate(gradients):
+            of_side["A"] = dA[:, k, : self.n, :channels].sum(0).t().contiguous()
+            of_side["D"] = dD[:, k, :channels].sum(0)
+            of_side["bias"] = dbias[:, k, :channels].sum(0)
+        return dz, gradients
+
+
+def selective_scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the stored states, as `scan_reference` does."""
+    return _Launch([_Side(u, delta, B, C, A, D, delta_bias, None, reverse)], z, 1.0, delta_softplus).forward()
+
+
+def selective_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    states: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias."""
+    launch = _Launch([_Side(u, delta, B, C, A, D, delta_bias, None, reverse)], z, 1.0, delta_softplus)
+    dz, (of,) = launch.backward(grad, states, packed=False)
+    gradients = of["u"], of["delta"], of["A"], of["B"], of["C"], of["D"], dz, of["bias"]
+    operands = u, delta, A, B, C, D, z, delta_bias
+    return tuple(None if x is None else g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
+
+
+def _directions(operands: tuple[Tensor, ...], psi: Tensor | None, nu: Tensor | None) -> tuple[list[_Side], Tensor]:
+    u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b = operands
+    leaks: list[Tensor | None] = [None, None]
+    if psi is not None and nu is not None:
+        leaks = [nu.float() * psi.float(), nu.float() * (1 - psi.float())]  # Semi-ViM Eq. (15), (16)
+    ahead = _Side(u, delta, *bc.chunk(2, -1), A, D, bias, leaks[0], False)
+    back = _Side(u_b, delta_b, *bc_b.chunk(2, -1), A_b, D_b, bias_b, leaks[1], True)
+    return [ahead, back], z
+
+
+def bidirectional_scan_forward(
+    u: Tensor,
+    u_b: Tensor,
+    delta: Tensor,
+    delta_b: Tensor,
+    bc: Tensor,
+    bc_b: Tensor,
+    z: Tensor,
+    A: Tensor,
+    A_b: Tensor,
+    D: Tensor,
+    D_b: Tensor,
+    delta_bias: Tensor,
+    delta_bias_b: Tensor,
+    psi: Tensor | None,
+    nu: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the stored states, as `scan_reference` does."""
+    operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b
+    return _Launch(*_directions(operands, psi, nu), 0.5, True).forward()
+
+
+def bidirectional_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    u_b: Tensor,
+    delta: Tensor,
+    delta_b: Tensor,
+    bc: Tensor,
+    bc_b: Tensor,
+    z: Tensor,
+    A: Tensor,
+    A_b: Tensor,
+    D: Tensor,
+    D_b: Tensor,
+    delta_bias: Tensor,
+    delta_bias_b: Tensor,
+    psi: Tensor | None,
+    nu: Tensor | None,
+    states: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of u, u_b, delta, ..., delta_bias_b, in the order of the arguments."""
+    operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b
+    dz, (f, b) = _Launch(*_directions(operands, psi, nu), 0.5, True).backward(grad, states, packed=True)
+    names = "u", "delta", "bc", "A", "D", "bias"
+    pairs = [of[name] for name in names for of in (f, b)]
+    gradients = (*pairs[:6], dz, *pairs[6:])
+    return tuple(g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
