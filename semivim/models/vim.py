@@ -294,7 +294,7 @@ class Vim(nn.Module):
         split = [remove_middle(y) if self.has_class_token else (y, None) for y in taken]
         maps = [patches for patches, _ in split]
         if output_fmt == "NCHW":
-            maps = [y.transpose(1, 2).reshape(y.shape[0], -1, rows, columns) for y in maps]
+            maps = [y.transpose(1, 2).reshape(y.shape[0], -1, rows, columns).contiguous() for y in maps]
         if return_prefix_tokens and self.has_class_token:
             maps = list(zip(maps, (token for _, token in split), strict=True))
         return maps if intermediates_only else (self.norm(x), maps)

@@ -56,7 +56,7 @@ def _fit_pos_embed(pos_embed: Tensor, class_token: bool, model: Any) -> Tensor:
     grid, num_patches = model.patch_embed.grid_size, pos_embed.shape[1] - int(class_token)
     source_size = getattr(model, "pretrained_model_args", {}).get("img_size")
     side = math.isqrt(num_patches)
-    candidates = [(side, side), grid]
+    candidates = [grid, (side, side)]
     if source_size is not None:
         candidates.insert(0, model.patch_embed.dynamic_feat_size(to_2tuple(source_size)))
     for source in candidates:
