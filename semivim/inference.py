@@ -2,6 +2,7 @@
 
 import difflib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import timm
@@ -16,6 +17,8 @@ from semivim.utils.hub_session import fetch, hub_session
 
 _HUB = "hf-hub:"
 _FOLDER = "local-dir:"
+# what torch's restricted unpickler raises for files that are no checkpoints, beside what loading one raises
+_UNREADABLE = (RuntimeError, OSError, LookupError, EOFError, ValueError, TypeError, UnpicklingError, SafetensorError)
 
 
 def load_model(
@@ -112,7 +115,7 @@ def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, checkpoint_path=checkpoint, **options).eval()
-    except (RuntimeError, OSError, KeyError, EOFError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"checkpoint: {checkpoint} does not load into {name}: {_one_line(error)}") from error
 
 

@@ -42,7 +42,7 @@ class Fault:
     """What to do with requests whose "METHOD path" matches, and how many times."""
 
     pattern: str
-    kind: int | str  # a status code, or "hang", "truncate", "corrupt"
+    kind: int | str  # a status code, or "hang", "truncate", "corrupt", "swap" (keep another config.json)
     headers: dict[str, str] = field(default_factory=dict)
     times: int = 1_000_000
 
@@ -221,6 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.lfs[value["oid"]]
             elif item["key"] == "deletedFile":
                 files.pop(value["path"])
+        if self.fault and self.fault.kind == "swap":
+            files["config.json"] += b"\n"
         oid = repo.commit(branch, files)
         return self._json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}", "commitOid": oid})
 

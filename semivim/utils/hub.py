@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -53,9 +54,7 @@ def publish(
         HubError: If the Hub or the network fails, the repository's visibility or the tag is in the way, or what comes
             back is not what was sent.
     """
-    if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id: wanted org/name, got {repo_id!r}")
-    validate_repo_id(repo_id)
+    _check_repo_id(repo_id)
     run = read_run(Path(run_dir))
     with TemporaryDirectory(prefix="semivim-publish-") as stage_dir:
         stage = Path(stage_dir)
@@ -69,8 +68,23 @@ def publish(
         with hub_session(repo_id):
             commit = _upload(api, stage, repo_id, tag, private)
         _logger.info("Uploaded to %s, commit %s; checking it from an empty cache", url, commit)
-        _check_upload(stage, repo_id, tag or commit, images, logits)
+        try:
+            if tag:
+                with hub_session(repo_id):
+                    api.create_tag(repo_id, tag=tag, revision=commit)
+            _check_upload(stage, repo_id, tag or commit, images, logits)
+        except HubError as error:
+            raise HubError(f"{error}; commit {commit} is uploaded, but not tagged or not checked") from error
     return Publication(url, commit, files, card)
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id: wanted org/name, got {repo_id!r}: {error}") from error
+    if "/" not in repo_id:
+        raise ValueError(f"repo_id: wanted org/name, got {repo_id!r}")
 
 
 def _stage(run: Run, stage: Path, repo_id: str, revision: str) -> str:
@@ -104,17 +118,14 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _upload(api: HfApi, stage: Path, repo_id: str, tag: str | None, private: bool) -> str:
-    """Create the repository if need be, upload the folder in one commit, tag it, return the commit."""
+    """Create the repository if need be, upload the folder in one commit, return the commit."""
     api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.model_info(repo_id).private:
         raise HubError(f"{repo_id}: {api.endpoint}/{repo_id}: exists and is public, wanted a private repository")
     if tag and tag in [ref.name for ref in api.list_repo_refs(repo_id).tags]:
         raise HubError(f"{repo_id}: {api.endpoint}/{repo_id}: tag {tag} exists, wanted a new one")
     architecture = json.loads((stage / "config.json").read_text(encoding="utf-8"))["architecture"]
-    commit = api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message=f"Add {architecture}").oid
-    if tag:
-        api.create_tag(repo_id, tag=tag, revision=commit)
-    return commit
+    return api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message=f"Add {architecture}").oid
 
 
 def _check_upload(stage: Path, repo_id: str, revision: str, images: Tensor, logits: Tensor) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, logging
 
 _TRIES = 3
 _UPLOAD_FACTOR = 6  # the Hub may work on a commit for a while before it answers
@@ -53,20 +53,20 @@ def hub_session(repo_id: str) -> Iterator[None]:
     guard = _Guard(repo_id)
 
     def factory() -> Any:
-        client = previous()
-        hooks = client.event_hooks
-        client.event_hooks = {
-            "request": [*hooks["request"], guard.before],
-            "response": [*hooks["response"], guard.after],
-        }
+        client: Any = previous()
+        client.send = guard.bound(client.send)
         return client
 
+    verbosity = logging.get_verbosity()
     set_client_factory(factory)
+    # what would be logged about each try is in the error, if there is one
+    logging.set_verbosity_error()
     try:
         yield
     except (HTTPError, OSError, EntryNotFoundError, RuntimeError, HubError) as error:
         _raise_hub_error(repo_id, error)
     finally:
+        logging.set_verbosity(verbosity)
         set_client_factory(previous)
 
 
@@ -117,23 +117,36 @@ def sha256(path: Path) -> str:
 
 
 class _Guard:
-    """Event hooks of an HTTP client that count the tries of each request and cap its waits."""
+    """Counts the tries of each request of an HTTP client, and caps its waits."""
 
     def __init__(self, repo_id: str) -> None:
         self.repo_id = repo_id
         self.tries: Counter[tuple[str, str]] = Counter()
 
-    def before(self, request: Any) -> None:
-        key = (request.method, str(request.url))
-        limit = float(constants.HF_HUB_DOWNLOAD_TIMEOUT) * (1 if request.method in ("GET", "HEAD") else _UPLOAD_FACTOR)
-        if self.tries[key] >= _TRIES:
-            self._give_up(key[1], f"no complete answer in {_TRIES} tries of {limit:g} s")
-        self.tries[key] += 1
-        waits = request.extensions.get("timeout") or dict.fromkeys(("connect", "read", "write", "pool"))
-        request.extensions["timeout"] = {name: min(limit, wait or limit) for name, wait in waits.items()}
+    def bound(self, send: Callable[..., Any]) -> Callable[..., Any]:
+        """The client's ``send``, that gives up sooner and says why."""
 
-    def after(self, response: Any) -> None:
-        method, url = key = (response.request.method, str(response.request.url))
+        def bounded_send(request: Any, **options: Any) -> Any:
+            method, url = key = (request.method, str(request.url))
+            limit_s = float(constants.HF_HUB_DOWNLOAD_TIMEOUT) * (1 if method in ("GET", "HEAD") else _UPLOAD_FACTOR)
+            if self.tries[key] >= _TRIES:
+                self._give_up(url, f"no complete answer in {_TRIES} tries")
+            self.tries[key] += 1
+            waits = request.extensions.get("timeout") or dict.fromkeys(("connect", "read", "write", "pool"))
+            request.extensions["timeout"] = {name: min(limit_s, wait or limit_s) for name, wait in waits.items()}
+            try:
+                response = send(request, **options)
+            except HTTPError as error:
+                if self.tries[key] >= _TRIES:
+                    self._give_up(url, f"{_network_cause(error)} ({_TRIES} tries)")
+                raise
+            self._judge(response, key)
+            return response
+
+        return bounded_send
+
+    def _judge(self, response: Any, key: tuple[str, str]) -> None:
+        method, url = key
         status = response.status_code
         if status == 429 and (method != "HEAD" or self.tries[key] > 1):
             self._give_up(url, _status_line(response))
@@ -144,7 +157,7 @@ class _Guard:
             del self.tries[key]
 
     def _give_up(self, url: str, cause: str) -> NoReturn:
-        raise HubError(f"{self.repo_id}: {url}: {cause}")
+        raise HubError(f"{self.repo_id}: {_address(url)}: {cause}")
 
 
 def _status_line(response: Any) -> str:
@@ -160,28 +173,34 @@ def _status_line(response: Any) -> str:
 
 
 def _raise_hub_error(repo_id: str, error: Exception) -> NoReturn:
-    """Raise the `HubError` that names the first cause in the chain, or the error itself if it is not the Hub's."""
+    """Raise the `HubError` that names the cause found first in the chain of errors."""
     cached = "; no copy in the cache" if isinstance(error, LocalEntryNotFoundError) else ""
+    where, cause = constants.ENDPOINT, " ".join(str(error).split())
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, HubError):
-            raise HubError(f"{link}{cached}") from error
-        if isinstance(link, HfHubHTTPError):
-            raise HubError(f"{repo_id}: {link.response.url}: {_status_line(link.response)}{cached}") from error
-        if isinstance(link, OfflineModeIsEnabled):
-            raise HubError(f"{repo_id}: {constants.ENDPOINT}: offline mode is on (HF_HUB_OFFLINE=1){cached}") from error
-        if isinstance(link, HTTPError):
-            cause = f"{type(link).__name__}: {' '.join(str(link).split())}"
-            raise HubError(f"{repo_id}: {_url(link)}: {cause}{cached}") from error
+            raise link
+        if isinstance(link, (HTTPError, OfflineModeIsEnabled)):
+            where, cause = _describe(link)
+            break
         link = link.__cause__ or link.__context__
-    if isinstance(error, (OSError, EntryNotFoundError)):
-        raise HubError(f"{repo_id}: {constants.ENDPOINT}: {' '.join(str(error).split())}") from error
-    raise error
+    raise HubError(f"{repo_id}: {where}: {cause}{cached}") from error
 
 
-def _url(error: HTTPError) -> str:
-    try:
-        return str(error.request.url)
-    except RuntimeError:
-        # httpx's errors carry the request only once it has been built
-        return constants.ENDPOINT
+def _describe(error: HTTPError | OfflineModeIsEnabled) -> tuple[str, str]:
+    """Address and cause of an error."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return constants.ENDPOINT, "offline mode is on (HF_HUB_OFFLINE=1)"
+    if isinstance(error, HfHubHTTPError):
+        return _address(error.response.url), _status_line(error.response)
+    return _address(error.request.url), _network_cause(error)
+
+
+def _network_cause(error: HTTPError) -> str:
+    text = " ".join(str(error).split())
+    return "no answer in time" if type(error).__name__.endswith("Timeout") else f"{type(error).__name__}: {text}"
+
+
+def _address(url: Any) -> str:
+    # the query of an upload address is a signature, which is a secret
+    return str(url).partition("?")[0]

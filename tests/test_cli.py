@@ -1,0 +1,71 @@
+"""`semivim publish` and `semivim predict`, as typed."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from semivim.cli import main
+from tests.hub_client import shared_client, shared_hub
+from tests.run_folder import CLASSES, write_run
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("run"))
+    Image.new("RGB", (40, 30), "teal").save(folder / "photo.png")
+    return folder
+
+
+def test_publish_then_predict(run_dir: Path) -> None:
+    published = shared_client().cli("publish", run_dir, "--repo", "org/cli", "--tag", "v1", "--private")
+    assert published.result == 0, published.stderr
+    assert published.stdout.startswith(f"published to {shared_hub().url}/org/cli, commit ")
+    assert 'timm.create_model("hf-hub:org/cli@v1", pretrained=True)' in published.stdout
+    assert published.stderr == ""
+    hub = shared_client().cli("predict", run_dir / "photo.png", "--model", "hf-hub:org/cli@v1", "--topk", 2)
+    folder = shared_client().cli("predict", run_dir / "photo.png", "--model", f"local-dir:{run_dir}", "--topk", 2)
+    assert hub.stdout == folder.stdout != ""
+
+
+def test_predict_prints_labels_with_their_share(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["predict", str(run_dir / "photo.png"), "--model", f"local-dir:{run_dir}"])
+    lines = [line.split(" %  ") for line in capsys.readouterr().out.splitlines()]
+    assert {label for _, label in lines} == set(CLASSES)
+    assert sum(float(share) for share, _ in lines) == pytest.approx(100, abs=0.1)
+
+
+def test_dry_run_prints_files_and_card(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["publish", str(run_dir), "--repo", "org/name", "--dry-run"])
+    out = capsys.readouterr().out
+    assert out.startswith("would publish to ") and "  model.safetensors (" in out
+    assert "## Intended use" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "cause"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["publish", "RUN"], "the following arguments are required: --repo"),
+        (
+            ["publish", "/no/such", "--repo", "org/name"],
+            "run_dir: wanted a finished run of train_ssl.py",
+        ),
+        (["publish", "RUN", "--repo", "alone"], "repo_id: wanted org/name, got 'alone'"),
+        (["publish", "RUN", "--repo", "org/name", "--dry-run", "--privte"], "unrecognized arguments: --privte"),
+        (["predict", "/no/such.png", "--model", "local-dir:RUN"], "image: no such file: /no/such.png"),
+        (["predict", "RUN/photo.png", "--model", "test_vmi", "--pretrained"], "nearest: "),
+        (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "0"], "0 is not a positive whole number"),
+        (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "9"], "topk: wanted 1 to 5, got 9"),
+        (["predict", "x", "--model", "y", "--pretrained", "--checkpoint", "z"], "not allowed with argument"),
+    ],
+)
+def test_mistake_is_one_line_and_status_2(
+    argv: list[str], cause: str, run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([word.replace("RUN", str(run_dir)) for word in argv])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("semivim") and cause in error
+    assert error.count("\n") == 1
