@@ -26,7 +26,7 @@ class _Backend(NamedTuple):
 _BACKENDS = {
     "triton": _Backend("triton", ("cuda",), ("scan",)),
     "cuda": _Backend("mamba_ssm", ("cuda",), ("scan",)),
-    "numba": _Backend("numba", ("cpu",), ("scan",)),
+    "numba": _Backend("numba", ("cpu",), ("scan", "conv")),
     "reference": _Backend("torch", (), ("scan", "conv")),
 }
 _override: list[str] = []

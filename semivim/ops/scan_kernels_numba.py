@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The selective scan on a CPU: forward and backward kernels, sixteen channels in the lanes of a vector.
 
 A task is one image and one block of channels, all directions. It walks the tokens in chunks; a chunk's step sizes and
@@ -16,6 +17,7 @@ from .vector_numba import (
     LANES,
     SOURCE,
     WIDTH,
+    accumulate,
     compiled,
     exp2,
     load,
@@ -81,13 +83,13 @@ def backward_scratch(tokens: int, quads: int, directions: int) -> dict[str, int]
 
 
 @compiled
-def _enter_task(call, place, task):  # type: ignore[no-untyped-def]
+def _enter_task(call, place, task):
     place.image = task // call.blocks
     place.block = task % call.blocks
 
 
 @compiled
-def _enter_chunk(call, side, place, chunk):  # type: ignore[no-untyped-def]
+def _enter_chunk(call, side, place, chunk):
     place.chunk = chunk
     place.count = min(CHUNK, call.tokens - chunk * CHUNK)
     place.first, place.step = chunk * CHUNK, 1
@@ -96,19 +98,19 @@ def _enter_chunk(call, side, place, chunk):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _enter_group(call, place, group):  # type: ignore[no-untyped-def]
+def _enter_group(call, place, group):
     place.group = group
     place.c = place.block * BLOCK + group * LANES
     place.lanes = min(LANES, call.channels - place.c)
 
 
 @compiled
-def _num_groups(call, place):  # type: ignore[no-untyped-def]
+def _num_groups(call, place):
     return min(GROUPS, (call.channels - place.block * BLOCK + LANES - 1) // LANES)
 
 
 @compiled
-def _load_weights(kind, call, side, place):  # type: ignore[no-untyped-def]
+def _load_weights(kind, call, side, place):
     """Copy a chunk's rows of B and C, zero-padded to whole quads, side by side to scratch as float32."""
     wide = QUAD * call.quads * 4
     at = place.bc
@@ -126,7 +128,7 @@ def _load_weights(kind, call, side, place):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _weight(address, place):  # type: ignore[no-untyped-def]
+def _weight(address, place):
     """A group's values of a float32 tensor over channels, zeros for an absent one."""
     if address == 0:
         return splat(0.0)
@@ -134,7 +136,7 @@ def _weight(address, place):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _leak(side, place):  # type: ignore[no-untyped-def]
+def _leak(side, place):
     """Ungated share of the read-out in the output, Semi-ViM Eq. (16)."""
     if side.leak == 0:
         return splat(0.0)
@@ -142,7 +144,7 @@ def _leak(side, place):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _run_quad(a_at, a_state, h, bc, wide, dt, du, y, count):  # type: ignore[no-untyped-def]
+def _run_quad(a_at, a_state, h, bc, wide, dt, du, y, count):
     """Run four states over a chunk; add their read-out to y."""
     a0, a1, a2, a3 = load(a_at), load(a_at + a_state), load(a_at + 2 * a_state), load(a_at + 3 * a_state)
     h0, h1, h2, h3 = load(h), load(h + WIDTH), load(h + 2 * WIDTH), load(h + 3 * WIDTH)
@@ -166,7 +168,7 @@ def _run_quad(a_at, a_state, h, bc, wide, dt, du, y, count):  # type: ignore[no-
 
 
 @compiled
-def _store_states(call, place):  # type: ignore[no-untyped-def]
+def _store_states(call, place):
     """Keep the states that enter the next chunk."""
     chunks = (call.tokens - 1) // CHUNK
     if place.chunk == chunks:
@@ -179,7 +181,7 @@ def _store_states(call, place):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _forward_group(kind, call, side, place):  # type: ignore[no-untyped-def]
+def _forward_group(kind, call, side, place):
     """Step sizes, states and gate of one vector of channels over one chunk."""
     dt, du, y, count, lanes, step = place.dt, place.du, place.y, place.count, place.lanes, place.step
     bias, skip = _weight(side.bias, place), _weight(side.D, place)
@@ -207,7 +209,7 @@ def _forward_group(kind, call, side, place):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _gate(kind, call, side, place, token, total, s):  # type: ignore[no-untyped-def]
+def _gate(kind, call, side, place, token, total, s):
     """Keep the first direction's sums; write the output with the last one's."""
     kept = (token * GROUPS + place.group) * WIDTH
     mix = _leak(side, place) * s
@@ -229,7 +231,7 @@ def _gate(kind, call, side, place, token, total, s):  # type: ignore[no-untyped-
 
 
 @compiled
-def forward(kind, calls, sides, places, begin, end):  # type: ignore[no-untyped-def]
+def forward(kind, calls, sides, places, begin, end):
     """Run the tasks of a range."""
     call, place = calls[0], places[0]
     for task in range(begin, end):
@@ -248,7 +250,7 @@ def forward(kind, calls, sides, places, begin, end):  # type: ignore[no-untyped-
 
 
 @compiled
-def _recompute_quad(a_at, a_state, decays, states, bc, wide, dt, du, y, count):  # type: ignore[no-untyped-def]
+def _recompute_quad(a_at, a_state, decays, states, bc, wide, dt, du, y, count):
     """Four decays and states of a chunk's tokens, from the states before it; add the read-out to y."""
     a0, a1, a2, a3 = load(a_at), load(a_at + a_state), load(a_at + 2 * a_state), load(a_at + 3 * a_state)
     h0, h1, h2, h3 = load(states), load(states + WIDTH), load(states + 2 * WIDTH), load(states + 3 * WIDTH)
@@ -279,12 +281,7 @@ def _recompute_quad(a_at, a_state, decays, states, bc, wide, dt, du, y, count): 
 
 
 @compiled
-def _add(at, value):  # type: ignore[no-untyped-def]
-    store(at, load(at) + value)
-
-
-@compiled
-def _adjoint_quad(a_at, a_state, g, dA, decays, states, bc, wide, dt, du, dy, ddt, into, dbc, count):  # type: ignore[no-untyped-def]
+def _adjoint_quad(a_at, a_state, g, dA, decays, states, bc, wide, dt, du, dy, ddt, into, dbc, count):
     """Adjoint of four states over a chunk, from its last token; adds to dA, ddt, into = sum of g B, dbc."""
     a0, a1, a2, a3 = load(a_at), load(a_at + a_state), load(a_at + 2 * a_state), load(a_at + 3 * a_state)
     g0, g1, g2, g3 = load(g), load(g + WIDTH), load(g + 2 * WIDTH), load(g + 3 * WIDTH)
@@ -297,23 +294,25 @@ def _adjoint_quad(a_at, a_state, g, dA, decays, states, bc, wide, dt, du, dy, dd
         g2 = g2 + up * splat_at(b + wide + 8)
         g3 = g3 + up * splat_at(b + wide + 12)
         add = dbc + 8 * row
-        _add(add, g0 * x)
-        _add(add + WIDTH, g1 * x)
-        _add(add + 2 * WIDTH, g2 * x)
-        _add(add + 3 * WIDTH, g3 * x)
+        accumulate(add, g0 * x)
+        accumulate(add + WIDTH, g1 * x)
+        accumulate(add + 2 * WIDTH, g2 * x)
+        accumulate(add + 3 * WIDTH, g3 * x)
         h = states + 4 * row
-        _add(add + 4 * WIDTH, up * load(h + 4 * WIDTH))
-        _add(add + 5 * WIDTH, up * load(h + 5 * WIDTH))
-        _add(add + 6 * WIDTH, up * load(h + 6 * WIDTH))
-        _add(add + 7 * WIDTH, up * load(h + 7 * WIDTH))
-        _add(into + row, (g0 * splat_at(b) + g1 * splat_at(b + 4)) + (g2 * splat_at(b + 8) + g3 * splat_at(b + 12)))
+        accumulate(add + 4 * WIDTH, up * load(h + 4 * WIDTH))
+        accumulate(add + 5 * WIDTH, up * load(h + 5 * WIDTH))
+        accumulate(add + 6 * WIDTH, up * load(h + 6 * WIDTH))
+        accumulate(add + 7 * WIDTH, up * load(h + 7 * WIDTH))
+        accumulate(
+            into + row, (g0 * splat_at(b) + g1 * splat_at(b + 4)) + (g2 * splat_at(b + 8) + g3 * splat_at(b + 12))
+        )
         e = decays + 4 * row
         g0 = g0 * load(e)
         g1 = g1 * load(e + WIDTH)
         g2 = g2 * load(e + 2 * WIDTH)
         g3 = g3 * load(e + 3 * WIDTH)
         w0, w1, w2, w3 = g0 * load(h), g1 * load(h + WIDTH), g2 * load(h + 2 * WIDTH), g3 * load(h + 3 * WIDTH)
-        _add(ddt + row, (w0 * a0 + w1 * a1) + (w2 * a2 + w3 * a3))
+        accumulate(ddt + row, (w0 * a0 + w1 * a1) + (w2 * a2 + w3 * a3))
         d0 = d0 + w0 * step
         d1 = d1 + w1 * step
         d2 = d2 + w2 * step
@@ -329,20 +328,20 @@ def _adjoint_quad(a_at, a_state, g, dA, decays, states, bc, wide, dt, du, dy, dd
 
 
 @compiled
-def _upstream(kind, call, place, token):  # type: ignore[no-untyped-def]
+def _upstream(kind, call, place, token):
     """Scaled gradient of the output."""
     at = call.grad + place.image * call.grad_image + token * call.grad_token + place.c * call.size
     return splat(call.scale) * load_lanes(kind, at, place.lanes)
 
 
 @compiled
-def _load_gate(kind, call, place, token):  # type: ignore[no-untyped-def]
+def _load_gate(kind, call, place, token):
     at = call.z + place.image * call.z_image + token * call.z_token + place.c * call.size
     return load_lanes(kind, at, place.lanes)
 
 
 @compiled
-def _prepare_group(kind, call, side, place):  # type: ignore[no-untyped-def]
+def _prepare_group(kind, call, side, place):
     """Step sizes and the gradient of the read-out of one vector of channels over one chunk; zeros to add to."""
     bias, leak, zero = _weight(side.bias, place), _leak(side, place), splat(0.0)
     u_row = side.u + place.image * side.u_image + place.c * call.size
@@ -370,7 +369,7 @@ def _prepare_group(kind, call, side, place):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _load_states(call, place, q):  # type: ignore[no-untyped-def]
+def _load_states(call, place, q):
     """Four states before the chunk, where the recomputation starts from."""
     chunks = (call.tokens - 1) // CHUNK
     row = (place.image * call.directions + place.direction) * chunks + place.chunk - 1
@@ -384,7 +383,7 @@ def _load_states(call, place, q):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _backward_quad(call, side, place, q):  # type: ignore[no-untyped-def]
+def _backward_quad(call, side, place, q):
     """Recomputation and adjoint of four states of a block over one chunk; sums of dB and dC over its channels."""
     wide, a_state, count = QUAD * call.quads * 4, call.lanes * 4, place.count
     bc = place.bc + 4 * q
@@ -414,7 +413,7 @@ def _backward_quad(call, side, place, q):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _finish_group(kind, call, side, place):  # type: ignore[no-untyped-def]
+def _finish_group(kind, call, side, place):
     """Gradients of u, delta, z, D and the bias of one vector of channels over one chunk."""
     skip = _weight(side.D, place)
     u_row = side.u + place.image * side.u_image + place.c * call.size
@@ -437,7 +436,7 @@ def _finish_group(kind, call, side, place):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _differentiate_gate(kind, call, place, token, total, out):  # type: ignore[no-untyped-def]
+def _differentiate_gate(kind, call, place, token, total, out):
     """Keep the first direction's sums; write the gate's gradient with the last one's."""
     kept = place.total + (token * GROUPS + place.group) * WIDTH
     if place.direction > 0:
@@ -452,7 +451,7 @@ def _differentiate_gate(kind, call, place, token, total, out):  # type: ignore[n
 
 
 @compiled
-def backward(kind, calls, sides, places, begin, end):  # type: ignore[no-untyped-def]
+def backward(kind, calls, sides, places, begin, end):
     """Run the tasks of a range; dA, dD and dbias are zero before."""
     call, place = calls[0], places[0]
     for task in range(begin, end):
@@ -476,7 +475,7 @@ def backward(kind, calls, sides, places, begin, end):  # type: ignore[no-untyped
 
 
 @compiled
-def sum_blocks(kind, calls, sides, begin, end):  # type: ignore[no-untyped-def]
+def sum_blocks(kind, calls, sides, begin, end):
     """Gradients of B and C of a range of images: the sums over blocks of channels, in their order."""
     call = calls[0]
     wide = QUAD * call.quads * 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import scan_kernels_numba as kernels
-from .threads import run_tasks
+from .threads import aligned_scratch, run_tasks
 from .vector_numba import BFLOAT16, FLOAT32, LANES, LOG2_E
 
 
@@ -33,7 +33,7 @@ class _Side(NamedTuple):
     reverse: bool
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor over tokens in a dtype, its last dimension dense."""
     x = x.to(dtype)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -87,7 +87,7 @@ class _Launch:
             row[name] = x.data_ptr()
 
     def _describe(self, row: np.void, name: str, x: Tensor) -> None:
-        x = _rows(x, self.dtype)
+        x = dense_rows(x, self.dtype)
         self._address(row, name, x)
         row[f"{name}_image"] = x.stride(0) * x.itemsize
         row[f"{name}_token"] = x.stride(1) * x.itemsize
@@ -109,12 +109,12 @@ class _Launch:
 
         def run_range(begin: int, end: int) -> None:
             place = np.zeros(1, kernels.PLACE)
-            memory = torch.empty(sum(scratch.values()) // 4 + LANES)
-            address = -(-memory.data_ptr() // kernels.WIDTH) * kernels.WIDTH
+            memory, address = aligned_scratch(sum(scratch.values()))
             for field, size in scratch.items():
                 place[field] = address
                 address += size
             kernel(self.kind, self.call, self.sides, place, begin, end)
+            del memory
 
         run_tasks(run_range, count)
 
@@ -195,7 +195,7 @@ def selective_scan_backward(
     dz, (of,) = launch.backward(grad, states, packed=False)
     gradients = of["u"], of["delta"], of["A"], of["B"], of["C"], of["D"], dz, of["bias"]
     operands = u, delta, A, B, C, D, z, delta_bias
-    return tuple(None if x is None else g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
+    return tuple(None if x is None or g is None else g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
 
 
 def _directions(operands: tuple[Tensor, ...], psi: Tensor | None, nu: Tensor | None) -> tuple[list[_Side], Tensor]:
@@ -203,8 +203,10 @@ def _directions(operands: tuple[Tensor, ...], psi: Tensor | None, nu: Tensor | N
     leaks: list[Tensor | None] = [None, None]
     if psi is not None and nu is not None:
         leaks = [nu.float() * psi.float(), nu.float() * (1 - psi.float())]  # Semi-ViM Eq. (15), (16)
-    ahead = _Side(u, delta, *bc.chunk(2, -1), A, D, bias, leaks[0], False)
-    back = _Side(u_b, delta_b, *bc_b.chunk(2, -1), A_b, D_b, bias_b, leaks[1], True)
+    B, C = bc.chunk(2, -1)
+    B_b, C_b = bc_b.chunk(2, -1)
+    ahead = _Side(u, delta, B, C, A, D, bias, leaks[0], False)
+    back = _Side(u_b, delta_b, B_b, C_b, A_b, D_b, bias_b, leaks[1], True)
     return [ahead, back], z
 
 
@@ -252,6 +254,7 @@ def bidirectional_scan_backward(
     """Return the gradients of u, u_b, delta, ..., delta_bias_b, in the order of the arguments."""
     operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b
     dz, (f, b) = _Launch(*_directions(operands, psi, nu), 0.5, True).backward(grad, states, packed=True)
+    assert dz is not None
     names = "u", "delta", "bc", "A", "D", "bias"
     pairs = [of[name] for name in names for of in (f, b)]
     gradients = (*pairs[:6], dz, *pairs[6:])

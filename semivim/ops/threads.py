@@ -8,6 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import Tensor
+
+_LINE = 64  # bytes
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 # A forked child inherits the pool's object but none of its threads.
@@ -31,3 +34,9 @@ def run_tasks(run: Callable[[int, int], None], count: int) -> None:
     run(0, bounds[1])
     for other in others:
         other.result()
+
+
+def aligned_scratch(size: int) -> tuple[Tensor, int]:
+    """Return memory of a size in bytes and the address in it from which vectors lie in whole cache lines."""
+    memory = torch.empty(size + _LINE, dtype=torch.uint8)
+    return memory, -(-memory.data_ptr() // _LINE) * _LINE

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 # ruff: noqa: ARG001 (an intrinsic names its arguments and reads their types and values from other places)
 """Sixteen float32 lanes as a numba type: explicit vectors where numba's own loops leave registers and exps unused.
 
@@ -56,7 +57,7 @@ vector = _Vector()
 
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager, numba_type) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, manager, numba_type) -> None:
         super().__init__(manager, numba_type, _FLOATS)
 
 
@@ -68,7 +69,7 @@ def _register(function: Callable, instruction: str) -> None:
         cases = [signature(vector, vector, vector)]
 
     @lower_builtin(function, vector, vector)
-    def _lower(_context, builder, _signature, args):  # type: ignore[no-untyped-def]
+    def _lower(_context, builder, _signature, args):
         return getattr(builder, instruction)(*args, flags=("contract",))
 
 
@@ -89,90 +90,90 @@ def _ints(value: int) -> ir.Constant:
     return ir.Constant(_INTS, [value] * LANES)
 
 
-def _broadcast(builder, scalar):  # type: ignore[no-untyped-def]
+def _broadcast(builder, scalar):
     one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), scalar, ir.Constant(_INT, 0))
     return builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_INTS, [0] * LANES))
 
 
-def _pointer(builder, address, pointee):  # type: ignore[no-untyped-def]
+def _pointer(builder, address, pointee):
     return builder.inttoptr(address, pointee.as_pointer())
 
 
-def _declare(builder, name, result, *arguments):  # type: ignore[no-untyped-def]
+def _declare(builder, name, result, *arguments):
     return builder.module.declare_intrinsic(name, fnty=ir.FunctionType(result, arguments))
 
 
 @intrinsic
-def splat(_context, value):  # type: ignore[no-untyped-def]
+def splat(_context, value):
     """Return a vector with one float in all lanes."""
 
-    def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, sig, args):
         return _broadcast(builder, context.cast(builder, args[0], sig.args[0], types.float32))
 
     return vector(value), generate
 
 
 @intrinsic
-def splat_at(_context, address):  # type: ignore[no-untyped-def]
+def splat_at(_context, address):
     """Return a vector with the float at an address in all lanes."""
 
-    def generate(_context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _sig, args):
         return _broadcast(builder, builder.load(_pointer(builder, args[0], _FLOAT), align=4))
 
     return vector(types.int64), generate
 
 
 @intrinsic
-def load_float(_context, address):  # type: ignore[no-untyped-def]
+def load_float(_context, address):
     """Return the float at an address."""
 
-    def generate(_context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _sig, args):
         return builder.load(_pointer(builder, args[0], _FLOAT), align=4)
 
     return types.float32(types.int64), generate
 
 
 @intrinsic
-def load(_context, address):  # type: ignore[no-untyped-def]
+def load(_context, address):
     """Return the sixteen floats at an address."""
 
-    def generate(_context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _sig, args):
         return builder.load(_pointer(builder, args[0], _FLOATS), align=4)
 
     return vector(types.int64), generate
 
 
 @intrinsic
-def store(_context, address, value):  # type: ignore[no-untyped-def]
+def store(_context, address, value):
     """Write sixteen floats to an address."""
 
-    def generate(context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, _sig, args):
         builder.store(args[1], _pointer(builder, args[0], _FLOATS), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, vector), generate
 
 
-def _memory(kind):  # type: ignore[no-untyped-def]
+def _memory(kind):
     """Vector in memory, its suffix in LLVM's names, bytes per lane, for float32 or, as uint16, bfloat16."""
     return (_FLOATS, "v16f32", 4) if kind == types.float32 else (_HALVES, "v16i16", 2)
 
 
-def _mask(builder, count):  # type: ignore[no-untyped-def]
+def _mask(builder, count):
     """Lanes below a count, as bits."""
     counts = builder.insert_element(ir.Constant(_INTS, ir.Undefined), builder.trunc(count, _INT), ir.Constant(_INT, 0))
     counts = builder.shuffle_vector(counts, ir.Constant(_INTS, ir.Undefined), _ints(0))
     return builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), counts)
 
 
-def _widen(builder, value):  # type: ignore[no-untyped-def]
+def _widen(builder, value):
     """Float32 from bfloat16 bits: the upper half."""
     if value.type == _FLOATS:
         return value
     return builder.bitcast(builder.shl(builder.zext(value, _INTS), _ints(16)), _FLOATS)
 
 
-def _narrow(builder, value, memory):  # type: ignore[no-untyped-def]
+def _narrow(builder, value, memory):
     """Bfloat16 bits from float32, to the nearest, ties to even; NaN stays NaN."""
     if memory == _FLOATS:
         return value
@@ -184,20 +185,20 @@ def _narrow(builder, value, memory):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _load_row(_context, kind, address):  # type: ignore[no-untyped-def]
+def _load_row(_context, kind, address):
     memory, _, size = _memory(kind)
 
-    def generate(_context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _sig, args):
         return _widen(builder, builder.load(_pointer(builder, args[1], memory), align=size))
 
     return vector(kind, types.int64), generate
 
 
 @intrinsic
-def _load_part(_context, kind, address, count):  # type: ignore[no-untyped-def]
+def _load_part(_context, kind, address, count):
     memory, suffix, size = _memory(kind)
 
-    def generate(_context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _sig, args):
         pointer = _pointer(builder, args[1], memory)
         function = _declare(builder, f"llvm.masked.load.{suffix}.p0", memory, pointer.type, _INT, _BITS, memory)
         zeros = ir.Constant(memory, [0] * LANES)
@@ -208,10 +209,10 @@ def _load_part(_context, kind, address, count):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _store_row(_context, kind, address, value):  # type: ignore[no-untyped-def]
+def _store_row(_context, kind, address, value):
     memory, _, size = _memory(kind)
 
-    def generate(context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, _sig, args):
         builder.store(_narrow(builder, args[2], memory), _pointer(builder, args[1], memory), align=size)
         return context.get_dummy_value()
 
@@ -219,10 +220,10 @@ def _store_row(_context, kind, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _store_part(_context, kind, address, count, value):  # type: ignore[no-untyped-def]
+def _store_part(_context, kind, address, count, value):
     memory, suffix, size = _memory(kind)
 
-    def generate(context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, _sig, args):
         pointer = _pointer(builder, args[1], memory)
         function = _declare(builder, f"llvm.masked.store.{suffix}.p0", ir.VoidType(), memory, pointer.type, _INT, _BITS)
         value = _narrow(builder, args[3], memory)
@@ -233,7 +234,7 @@ def _store_part(_context, kind, address, count, value):  # type: ignore[no-untyp
 
 
 @compiled
-def load_lanes(kind, address, count):  # type: ignore[no-untyped-def]
+def load_lanes(kind, address, count):
     """Return up to sixteen values of a tensor's row as float32, zero beyond the count."""
     if count >= LANES:
         return _load_row(kind, address)
@@ -241,7 +242,7 @@ def load_lanes(kind, address, count):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def store_lanes(kind, address, count, value):  # type: ignore[no-untyped-def]
+def store_lanes(kind, address, count, value):
     """Write up to sixteen lanes to a tensor's row."""
     if count >= LANES:
         _store_row(kind, address, value)
@@ -250,11 +251,11 @@ def store_lanes(kind, address, count, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_sums(_context, address, v0, v1, v2, v3):  # type: ignore[no-untyped-def]
+def store_sums(_context, address, v0, v1, v2, v3):
     """Write the sums over the lanes of four vectors to an address, in a fixed order."""
 
-    def generate(context, builder, _sig, args):  # type: ignore[no-untyped-def]
-        def fold(x, y, low, high):  # type: ignore[no-untyped-def]
+    def generate(context, builder, _sig, args):
+        def fold(x, y, low, high):
             picked = (builder.shuffle_vector(x, y, ir.Constant(_INTS, lanes)) for lanes in (low, high))
             return builder.fadd(*picked)
 
@@ -273,32 +274,32 @@ def store_sums(_context, address, v0, v1, v2, v3):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def positive_part(_context, x):  # type: ignore[no-untyped-def]
+def positive_part(_context, x):
     """Return max(x, 0), NaN for NaN."""
 
-    def generate(_context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _sig, args):
         return builder.select(builder.fcmp_ordered("<", args[0], _constant(0.0)), _constant(0.0), args[0])
 
     return vector(vector), generate
 
 
 @intrinsic
-def magnitude(_context, x):  # type: ignore[no-untyped-def]
+def magnitude(_context, x):
     """Return |x|."""
 
-    def generate(_context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _sig, args):
         return builder.bitcast(builder.and_(builder.bitcast(args[0], _INTS), _ints(0x7FFFFFFF)), _FLOATS)
 
     return vector(vector), generate
 
 
 @intrinsic
-def exp2(_context, x):  # type: ignore[no-untyped-def]
+def exp2(_context, x):
     """Return 2^x, relative error below 3e-7, exactly 1 at 0; outside [-126, 128] the ends' values, NaN for NaN."""
     # Minimax of (2^f - 1) / f on [-1/2, 1/2]: the error of 2^f vanishes with f, so slow decays stay exact.
     coefficients = 0.0013400436601042, 0.0096663729531244, 0.0555033318086027, 0.240223489548325, 0.6931471955056403
 
-    def generate(_context, builder, _sig, args):  # type: ignore[no-untyped-def]
+    def generate(_context, builder, _sig, args):
         (x,) = args
         for order, limit in (("<", -126.0), (">", 128.0)):
             # The comparison is false for NaN, which stays.
@@ -318,7 +319,7 @@ def exp2(_context, x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def softplus(x):  # type: ignore[no-untyped-def]
+def softplus(x):
     """Return log(1 + e^x), relative error below 1e-6."""
     small = exp2(magnitude(x) * splat(-LOG2_E))
     # Minimax of log(1 + e) / e on [0, 1].
@@ -334,6 +335,12 @@ def softplus(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def sigmoid(x):  # type: ignore[no-untyped-def]
+def sigmoid(x):
     """Return 1 / (1 + e^-x)."""
     return splat(1.0) / (splat(1.0) + exp2(x * splat(-LOG2_E)))
+
+
+@compiled
+def accumulate(address, value):
+    """Add to the sixteen floats at an address."""
+    store(address, load(address) + value)
