@@ -1,19 +1,16 @@
+import copy
+
 import pytest
 import timm
 import torch
 
 from semivim.models import Vim
 from semivim.models.vim_weights import checkpoint_filter_fn
+from tests.hub_client import shared_client, shared_hub
+from tests.released import as_bytes, released_state, released_weights
 from tests.tolerance import assert_close
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_classes": 5}
-
-
-def released(model: Vim) -> dict[str, torch.Tensor]:
-    """The model's weights in the names and the order of the release: the head before the layers."""
-    state = {k.replace("blocks.", "layers."): v for k, v in model.state_dict().items()}
-    state["norm_f.weight"] = state.pop("norm.weight")
-    return dict(sorted(state.items(), key=lambda item: item[0].startswith(("layers.", "norm_f."))))
 
 
 @pytest.fixture
@@ -22,14 +19,14 @@ def model():
 
 
 def test_released_names_and_containers_are_mapped(model):
-    ema = {k: v + 1 for k, v in released(model).items()}
-    training_state = {"model": released(model), "model_ema": ema, "optimizer": {"state": {}}, "epoch": 3}
+    ema = {k: v + 1 for k, v in released_weights(model).items()}
+    training_state = {"model": released_weights(model), "model_ema": ema, "optimizer": {"state": {}}, "epoch": 3}
     wanted = model.state_dict()
     for state, shift in (
-        (released(model), 0),
+        (released_weights(model), 0),
         (training_state, 0),
-        ({f"module.{k}": v for k, v in released(model).items()}, 0),
-        (dict(sorted(released(model).items())), 0),
+        ({f"module.{k}": v for k, v in released_weights(model).items()}, 0),
+        (dict(sorted(released_weights(model).items())), 0),
         (model.state_dict(), 0),
     ):
         mapped = checkpoint_filter_fn(state, model)
@@ -40,21 +37,21 @@ def test_released_names_and_containers_are_mapped(model):
 
 
 def test_a_headless_checkpoint_is_accepted(model):
-    state = {k: v for k, v in released(model).items() if not k.startswith("head")}
+    state = {k: v for k, v in released_weights(model).items() if not k.startswith("head")}
     assert set(model.state_dict()) - set(checkpoint_filter_fn(state, model)) == {"head.weight", "head.bias"}
     model.reset_classifier(0)
     checkpoint_filter_fn({**state, "head.weight": torch.zeros(5, 16)}, model)
 
 
 def test_unknown_keys_are_named(model):
-    state = {**released(model), "layers.0.mixer.gamma": torch.ones(16), "rope.freqs_cos": torch.ones(4)}
+    state = {**released_weights(model), "layers.0.mixer.gamma": torch.ones(16), "rope.freqs_cos": torch.ones(4)}
     with pytest.raises(ValueError, match=r"2 keys .*: blocks\.0\.mixer\.gamma, rope\.freqs_cos"):
         checkpoint_filter_fn(state, model)
 
 
 def test_a_missing_container_is_named(model):
     with pytest.raises(ValueError, match=r"\['epoch', 'model'\], wanted 'model_ema'"):
-        checkpoint_filter_fn({"model": released(model), "epoch": 1}, model, container="model_ema")
+        checkpoint_filter_fn({"model": released_weights(model), "epoch": 1}, model, container="model_ema")
 
 
 @pytest.mark.parametrize("target", [{"img_size": 64, "patch_stride": 8}, {"img_size": 96}, {"img_size": (32, 64)}])
@@ -62,7 +59,7 @@ def test_the_position_embedding_is_resampled_around_the_middle(model, target):
     with torch.no_grad():
         model.pos_embed.zero_()[:, 8] = 5.0
     other = Vim(**target, **SMALL)
-    pos_embed = checkpoint_filter_fn(released(model), other)["pos_embed"]
+    pos_embed = checkpoint_filter_fn(released_weights(model), other)["pos_embed"]
     middle = other.patch_embed.num_patches // 2
     assert pos_embed.shape == other.pos_embed.shape
     assert pos_embed[:, middle].eq(5).all()
@@ -71,12 +68,12 @@ def test_the_position_embedding_is_resampled_around_the_middle(model, target):
 
 def test_a_rectangular_checkpoint_needs_its_size_or_the_same_grid():
     source, same = Vim(img_size=(64, 96), **SMALL), Vim(img_size=(64, 96), **SMALL)
-    assert torch.equal(checkpoint_filter_fn(released(source), same)["pos_embed"], source.pos_embed)
+    assert torch.equal(checkpoint_filter_fn(released_weights(source), same)["pos_embed"], source.pos_embed)
     other = Vim(img_size=64, **SMALL)
     with pytest.raises(ValueError, match="24 patch positions"):
-        checkpoint_filter_fn(released(source), other)
+        checkpoint_filter_fn(released_weights(source), other)
     other.pretrained_model_args = {"img_size": (64, 96)}
-    assert checkpoint_filter_fn(released(source), other)["pos_embed"].shape == other.pos_embed.shape
+    assert checkpoint_filter_fn(released_weights(source), other)["pos_embed"].shape == other.pos_embed.shape
 
 
 def test_every_published_tag_says_where_it_comes_from():
@@ -95,6 +92,66 @@ def test_every_published_tag_says_where_it_comes_from():
 def test_released_weights_give_the_same_logits_under_our_names(model):
     x = torch.randn(1, 3, 64, 64)
     other = Vim(img_size=64, **SMALL)
-    other.load_state_dict(checkpoint_filter_fn(released(model), other))
+    other.load_state_dict(checkpoint_filter_fn(released_weights(model), other))
     with torch.no_grad():
         assert_close("logits", other.eval()(x), model.eval()(x))
+
+
+LOAD = """
+import timm, torch
+model = timm.create_model(name, pretrained=True, **kwargs).eval()
+with torch.no_grad():
+    result = model(torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)).flatten().tolist()
+"""
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "vim_tiny_patch16_224.hustvl_in1k",
+        "vim_tiny_patch16_stride8_224.hustvl_ft_in1k",
+        "vim_base_patch16_224.hustvl_in1k",
+        "semivim_small.vim_in1k",
+        "semivim_base.vim_in1k",
+    ],
+)
+def test_pretrained_reads_the_release_over_http(tag):
+    """Whole training states in the published layout, under the published names, on a local Hub; small weights."""
+    cfg = timm.get_pretrained_cfg(tag)
+    kwargs = {"embed_dim": 16, "depth": 2, "num_classes": 1000}
+    size, published = 224, 1 if "base" in tag else 0
+    torch.manual_seed(7)
+    stride = {"patch_stride": 8} if "stride8" in tag else {}
+    sources = [Vim(**kwargs, **stride).eval() for _ in range(2)]
+    shared_hub().add(cfg.hf_hub_id, {cfg.hf_hub_filename: as_bytes(released_state(*sources))})
+    answer = shared_client().run(LOAD, name=tag, kwargs=kwargs, size=size)
+    assert not answer.error, answer.stderr
+    x = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)
+    with torch.no_grad():
+        assert_close("logits", torch.tensor(answer.result), sources[published](x).flatten())
+
+
+@pytest.mark.slow
+def test_pretrained_reads_the_whole_tiny_model_and_fine_tunes_it_at_another_size():
+    """The real sizes: 7.1 M parameters four times over, 110 MB; other classes, channels and input size."""
+    torch.manual_seed(8)
+    name = "vim_tiny_patch16_224"
+    source = timm.create_model(name)
+    with torch.no_grad():
+        source.pos_embed.zero_()[:, 98] = 2.0
+    cfg = timm.get_pretrained_cfg(name)
+    file = as_bytes(released_state(source, copy.deepcopy(source)))
+    assert abs(len(file) / 2**20 - 109.7) < 1
+    shared_hub().add(cfg.hf_hub_id, {cfg.hf_hub_filename: file})
+    code = """
+import timm
+model = timm.create_model(name, pretrained=True, num_classes=7, in_chans=1, img_size=128)
+marked = model.pos_embed[0, :, 0].nonzero().flatten().tolist()
+stem = model.patch_embed.proj.weight[0, 0, 0].tolist()
+result = [marked, model.head.weight.shape[0], stem]
+"""
+    answer = shared_client().run(code, name=name)
+    assert not answer.error, answer.stderr
+    marked, num_classes, stem = answer.result
+    assert (marked, num_classes) == ([32], 7)
+    assert_close("stem", torch.tensor(stem), source.patch_embed.proj.weight[0, :, 0].sum(0))
