@@ -43,7 +43,7 @@ class Answer:
 class HubClient:
     """Runs Python code in a child process that talks to ``endpoint``; starts it on first use."""
 
-    def __init__(self, endpoint: str, home: Path, imports: str = "semivim.models", offline: bool = False) -> None:
+    def __init__(self, endpoint: str, home: Path, imports: str = "semivim.models") -> None:
         self.imports = imports
         # one second of patience with a server that hangs
         waits = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
@@ -52,7 +52,6 @@ class HubClient:
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(home),
             "HF_TOKEN": "hf_write",
-            "HF_HUB_OFFLINE": str(int(offline)),
         }
         threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
         self.env = {**os.environ, **waits, **quiet, **account, **threads, "NO_PROXY": "127.0.0.1,localhost"}

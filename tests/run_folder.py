@@ -23,7 +23,7 @@ def write_run(folder: Path) -> Path:
         "data_dir": "/home/someone/photos",
         "dataset": "",
         "model": "test_vim",
-        "method": "lyapema",
+        "ssl_method": "lyapema",
         "pseudo_mixup": "ss",
         "epochs": 3,
         "batch_size": 8,
@@ -38,7 +38,9 @@ def write_run(folder: Path) -> Path:
     student = {**teacher, "top1": 55.75}
     split = {"sha256": "ab" * 32, "num_labelled": 20, "num_unlabelled": 300, "labels_per_class": [8, 5, 3, 2, 2]}
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
-    (folder / "metrics.json").write_text(json.dumps({"student": student, "teacher": teacher, "split": split}))
+    best = {"epoch": 1, "top1": 63.0}
+    results = {"student": student, "teacher": teacher, "best": best, "split": split}
+    (folder / "metrics.json").write_text(json.dumps(results))
     (folder / "summary.csv").write_text("epoch,train_loss,eval_top1\n0,1.5,40\n1,1.2,55\n2,1.1,61.5\n")
     (folder / "labelled.txt").write_text("ant/1.png\n")
     (folder / "model_best.pth.tar").write_bytes(b"a pickle that must stay here")

@@ -12,7 +12,29 @@ import yaml
 RUN_FILES = ("model.safetensors", "config.json", "args.yaml", "metrics.json", "summary.csv", "curves.png")
 # where a run was written or resumed from is no part of how to repeat it
 _PLACE_FLAGS = ("output", "experiment", "resume")
-_RECIPE_FLAGS = ("seed", "epochs", "batch_size", "opt", "lr", "lr_base", "weight_decay", "sched", "warmup_epochs")
+_RECIPE_FLAGS = (
+    "ssl_method",
+    "pseudo_mixup",
+    "threshold",
+    "unlabeled_ratio",
+    "unlabeled_weight",
+    "lyap_mode",
+    "model_ema_decay",
+    "seed",
+    "split_seed",
+    "pretrained",
+    "epochs",
+    "batch_size",
+    "opt",
+    "lr",
+    "weight_decay",
+    "sched",
+    "warmup_epochs",
+    "amp",
+)
+_SPLIT = ("sha256", "num_labelled", "num_unlabelled")
+# a value of these is a file or folder of the reader's own
+_PATH_FLAGS = ("_dir", "_list", "_path", "_map", "_checkpoint")
 _METRICS = {
     "top1": "top-1 (%)",
     "top5": "top-5 (%)",
@@ -65,7 +87,7 @@ def read_run(folder: Path) -> Run:
     metrics = _read(folder / "metrics.json", json.loads, json.JSONDecodeError)
     for name, value, keys in (
         ("config.json", config, ("architecture", "num_classes")),
-        ("metrics.json", metrics, ("student", "teacher", "split")),
+        ("metrics.json", metrics, ("student", "teacher", "best", "split")),
     ):
         absent = [key for key in keys if key not in value]
         if absent:
@@ -84,7 +106,7 @@ def public_args(args: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Returns:
         Flags to publish, and the names of those left out because the reader has to fill in a path of their own.
     """
-    local = [key for key, value in args.items() if key not in _PLACE_FLAGS and _is_local(value)]
+    local = [key for key, value in args.items() if key not in _PLACE_FLAGS and _is_local(key, value)]
     return {key: value for key, value in args.items() if key not in (*_PLACE_FLAGS, *local)}, local
 
 
@@ -111,8 +133,8 @@ def model_card(run: Run, repo_id: str, revision: str, version: str) -> str:
     _, local = public_args(args)
     command = " ".join(["python train_ssl.py -c args.yaml", *(f"--{_flag(key)} {key.upper()}" for key in local)])
     data = args.get("dataset") or "a folder of images"
+    best = run.metrics["best"]
     recipe = {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None}
-    method = {key: args[key] for key in ("method", "pseudo_mixup") if args.get(key) is not None}
     source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
     return f"""\
 ---
@@ -122,7 +144,7 @@ def model_card(run: Run, repo_id: str, revision: str, version: str) -> str:
 
 `{architecture}` for {run.config["num_classes"]} classes, trained semi-supervised on \
 {split["num_labelled"]} labelled and {split["num_unlabelled"]} unlabelled images. \
-The weights are the teacher's, at its best epoch.
+The weights are the teacher's at its best epoch, {best["epoch"]} of 0 to {run.epochs - 1}.
 
 ## Use
 
@@ -136,11 +158,11 @@ or, for the labels of one image file: `semivim predict IMAGE --model {source}`
 
 ## Results
 
-On the run's validation split.
+On the run's validation split; "published" is the teacher at epoch {best["epoch"]}, the others are at the last epoch.
 
 {_metrics_table(run.metrics)}
 
-### Recall of each class (teacher)
+### Recall of each class
 
 {_recall_table(run)}
 
@@ -148,8 +170,8 @@ On the run's validation split.
 
 ## Training
 
-{_bullets({"data": data, **{f"split {key}": value for key, value in split.items()}})}
-{_bullets({**method, **recipe, "epochs run": run.epochs, "semivim": version})}
+{_bullets({"data": data, **{f"split {key}": split[key] for key in _SPLIT}})}
+{_bullets({**recipe, "epochs run": run.epochs, "semivim": version})}
 
 Every flag is in `args.yaml`, every number in `metrics.json`, every epoch in `summary.csv`.
 
@@ -160,8 +182,8 @@ hf download {repo_id} args.yaml --local-dir .
 {command}
 ```
 
-The labelled and unlabelled images follow from the seed; the run prints the hash of its split, which has to be \
-the one above.
+The labelled images follow from `split_seed` or the list given; `metrics.json` of the new run holds the SHA-256 of its \
+split, which has to be the one above.
 
 ## Intended use and limits
 
@@ -197,8 +219,10 @@ def _read(path: Path, parse: Any, errors: type[Exception]) -> dict[str, Any]:
     return value
 
 
-def _is_local(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).expanduser().is_absolute()
+def _is_local(key: str, value: Any) -> bool:
+    if not isinstance(value, str) or not value:
+        return False
+    return key.endswith(_PATH_FLAGS) or Path(value).expanduser().is_absolute()
 
 
 def _flag(key: str) -> str:
@@ -206,24 +230,25 @@ def _flag(key: str) -> str:
 
 
 def _metrics_table(metrics: dict[str, Any]) -> str:
-    student, teacher = metrics["student"], metrics["teacher"]
+    columns = {"published": metrics["best"], "teacher": metrics["teacher"], "student": metrics["student"]}
     rows = [
-        (title, _number(teacher.get(key)), _number(student.get(key)))
+        (title, *(_number(values.get(key)) for values in columns.values()))
         for key, title in _METRICS.items()
-        if teacher.get(key) is not None
+        if metrics["teacher"].get(key) is not None
     ]
-    return _table(("metric", "teacher (published)", "student"), rows)
+    return _table(("metric", *columns), rows)
 
 
 def _recall_table(run: Run) -> str:
-    recalls = run.metrics["teacher"]["per_class_recall"]
-    names = run.config.get("label_names") or run.config.get("pretrained_cfg", {}).get("label_names") or []
-    counts = run.metrics["split"].get("labels_per_class")
-    rows = []
-    for index, recall in enumerate(recalls):
-        name = names[index] if index < len(names) else ""
-        rows.append((index, name, *((counts[index],) if counts else ()), _number(recall)))
-    return _table(("class", "name", *(("labelled images",) if counts else ()), "recall (%)"), rows)
+    columns = {name: run.metrics[name].get("per_class_recall") for name in ("best", "teacher", "student")}
+    known = {"published" if name == "best" else name: recalls for name, recalls in columns.items() if recalls}
+    names = run.config.get("label_names") or [""] * run.config["num_classes"]
+    counts = run.metrics["split"]["labels_per_class"]
+    rows = [
+        (index, name, count, *(_number(recalls[index]) for recalls in known.values()))
+        for index, (name, count) in enumerate(zip(names, counts, strict=True))
+    ]
+    return _table(("class", "name", "labelled images", *(f"{name}, recall (%)" for name in known)), rows)
 
 
 def _number(value: float | None) -> str:

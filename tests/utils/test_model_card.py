@@ -28,22 +28,25 @@ def test_head_is_what_the_hub_reads(card: str) -> None:
 
 
 def test_data_split_recipe_and_seed(card: str) -> None:
-    for text in ("split sha256: " + "ab" * 32, "split num labelled: 20", "seed: 7", "lr: 0.001", "method: lyapema"):
+    for text in ("split sha256: " + "ab" * 32, "split num labelled: 20", "seed: 7", "lr: 0.001", "ssl method: lyapema"):
         assert f"- {text}" in card
     assert "- epochs run: 3" in card
     assert "- semivim: 1.2.3" in card
 
 
 def test_metrics_of_teacher_and_student(card: str) -> None:
-    assert "| top-1 (%) | 61.50 | 55.75 |" in card
-    assert "| balanced accuracy (%) | 58.25 | 58.25 |" in card
+    # the published weights are those of the best epoch, the run's full metrics those of the last
+    assert "| metric | published | teacher | student |" in card
+    assert "| top-1 (%) | 63.00 | 61.50 | 55.75 |" in card
+    assert "| balanced accuracy (%) | - | 58.25 | 58.25 |" in card
+    assert "best epoch, 1 of 0 to 2" in card
 
 
 def test_recall_of_each_class_with_its_labels(card: str) -> None:
-    assert "| 0 | ant | 8 | 90.00 |" in card
+    assert "| 0 | ant | 8 | 90.00 | 90.00 |" in card
     # a name may hold the table's own sign; a class without validation images has no recall
-    assert "| 1 | bee \\| wasp | 5 | 80.00 |" in card
-    assert "| 2 | cat | 3 | - |" in card
+    assert "| 1 | bee \\| wasp | 5 | 80.00 | 80.00 |" in card
+    assert "| 2 | cat | 3 | - | - |" in card
 
 
 def test_usage_and_command_to_reproduce(card: str) -> None:
@@ -60,10 +63,10 @@ def test_use_license_and_citations(card: str) -> None:
 def test_no_path_of_the_machine(card: str, run_dir: Path) -> None:
     assert "/home" not in card and str(run_dir) not in card
     args, local = public_args(
-        {"data_dir": "/home/me/x", "output": "/o", "resume": "", "lr": 0.1, "split": "~/list.txt"}
+        {"data_dir": "/home/me/x", "output": "/o", "resume": "", "lr": 0.1, "x": "~/a", "labeled_list": "l.txt"}
     )
     assert args == {"lr": 0.1}
-    assert local == ["data_dir", "split"]
+    assert local == ["data_dir", "x", "labeled_list"]
 
 
 def test_missing_files_are_listed(tmp_path: Path) -> None:
@@ -76,7 +79,7 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
     [
         ("metrics.json", "{", "metrics.json: Expecting"),
         ("metrics.json", "[]", "wanted a mapping, got list"),
-        ("metrics.json", json.dumps({"student": {}}), "lacks teacher, split"),
+        ("metrics.json", json.dumps({"student": {}}), "lacks teacher, best, split"),
         ("args.yaml", "a: [", "args.yaml: while parsing"),
         ("config.json", "{}", "lacks architecture, num_classes"),
     ],
