@@ -43,6 +43,7 @@ from semivim.data import (
     LabelSplit,
     SslLoader,
     StepBatches,
+    UnreadableImageError,
     View,
     Views,
     create_eval_loader,
@@ -71,6 +72,8 @@ DEMO: dict[str, Any] = {
     "dataset": "embedded/digits",
     "model": "semivim_pico",
     "in_chans": 1,
+    "mean": [0.5],
+    "std": [0.5],
     "labels_per_class": 4,
     "pseudo_mixup": "ss",
     "batch_size": 32,
@@ -212,18 +215,21 @@ def create_student(args: argparse.Namespace, num_classes: int) -> torch.nn.Modul
     img_size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
     if img_size:
         kwargs["img_size"] = img_size
-    model = timm.create_model(
-        args.model,
-        pretrained=args.pretrained,
-        pretrained_cfg_overlay={"file": args.pretrained_path} if args.pretrained_path else None,
-        checkpoint_path=args.initial_checkpoint,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        global_pool=args.gp,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        **kwargs,
-    )
+    try:
+        model = timm.create_model(
+            args.model,
+            pretrained=args.pretrained,
+            pretrained_cfg_overlay={"file": args.pretrained_path} if args.pretrained_path else None,
+            checkpoint_path=args.initial_checkpoint,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=args.gp,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            **kwargs,
+        )
+    except (RuntimeError, TypeError) as error:  # an unknown name, or an option that the model does not have
+        raise ValueError(f"--model {args.model}: {error}") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model
@@ -285,11 +291,10 @@ def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train; gives back what metrics.json holds."""
-    setup_default_logging()
     args = parse_args(argv)
     try:
         return train(args)
-    except ValueError as error:  # what a user can mend: one line, no traceback
+    except (ValueError, UnreadableImageError) as error:  # what a user can mend: one line, no traceback
         sys.exit(f"train_ssl.py: error: {error}")
 
 
@@ -416,11 +421,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             mixup.mixup_enabled = False
         while task.num_updates < (epoch + 1) * epoch_updates:
+            images = [next(steps) for _ in range(accum)]
             # All randomness of an update comes from its number, so a resumed run draws what the unbroken one would.
             random_seed((args.seed * 1_000_003 + task.num_updates) % 2**31, args.rank)
-            step_sums, taken = train_step(
-                task, [next(steps) for _ in range(accum)], optimizer, autocast, scaler, mixup, clip, device
-            )
+            step_sums, taken = train_step(task, images, optimizer, autocast, scaler, mixup, clip, device)
             num_skipped = 0 if taken else num_skipped + 1
             if num_skipped > MAX_SKIPPED_STEPS:
                 raise ValueError(
@@ -493,4 +497,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    setup_default_logging()
+    logging.getLogger("timm.utils.checkpoint_saver").setLevel(logging.WARNING)  # lists every file at every save
     main()

@@ -24,9 +24,10 @@ class RunLog:
 
     def __init__(self, folder: Path | None, total_updates: int, first_update: int = 0) -> None:
         self.path = folder / "metrics.jsonl" if folder else None
-        self.total, self.done, self.images = total_updates, first_update, 0
+        self.total, self.first, self.done = total_updates, first_update, first_update
+        self.images = 0  # since the last record
         self.records: list[dict[str, Any]] = []
-        self.start_s = time.perf_counter()
+        self.start_s = self.mark_s = time.perf_counter()
         self.bar = None
         if self.path:
             self.records = [r for r in read_jsonl(self.path) if r["update"] <= first_update]
@@ -46,9 +47,11 @@ class RunLog:
         """Append values of an interval to the log and show them."""
         if not self.path:
             return
-        elapsed_s = time.perf_counter() - self.start_s
-        rate = self.images / elapsed_s if elapsed_s else 0.0
-        values = {"update": self.done, "images_per_s": rate, **values}
+        now_s = time.perf_counter()
+        if self.images:
+            values = {"images_per_s": self.images / (now_s - self.mark_s), **values}
+        self.images, self.mark_s = 0, now_s
+        values = {"update": self.done, **values}
         self.records.append(values)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
@@ -56,8 +59,7 @@ class RunLog:
         if self.bar:
             self.bar.set_postfix_str(text)
         else:
-            steps_per_s = rate / max(1.0, self.images / max(1, self.done)) if self.images else 0.0
-            eta_s = (self.total - self.done) / steps_per_s if steps_per_s else 0.0
+            eta_s = (now_s - self.start_s) / max(1, self.done - self.first) * (self.total - self.done)
             self.say(f"[{self.done}/{self.total} eta {eta_s:.0f}s] {text}")
 
     def say(self, text: str) -> None:
