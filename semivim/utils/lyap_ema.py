@@ -8,14 +8,13 @@ V, and the test of V is decided before the teacher is written.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.utils import get_total_norm
 
 _logger = logging.getLogger(__name__)
 
@@ -23,7 +22,8 @@ V_DECREASE = 1e-3  # outside the ball V must lose this share at every step
 REF_MOMENTUM = 0.99  # running mean of d, over about 100 steps
 GUARD_WINDOW = 1000  # steps of the running guard rate
 GUARD_ALARM = 0.2
-CHUNK_NUMEL = 2**20
+CHUNK_NUMEL = 2**24  # few launches on an accelerator
+CPU_CHUNK_NUMEL = 2**17  # few fresh pages on a CPU, where the difference then stays in cache
 
 # What a mode fixes; a name that a mode lacks does not apply to it.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -360,17 +360,19 @@ class LyapEmaV3(ModelEmaV3):
 
     def _measure(self, student: list[torch.Tensor], teacher: list[torch.Tensor]) -> tuple[float, float]:
         """||student - teacher|| and ||teacher||, with one host sync, equal on all ranks."""
-        differences, norms = [], []
+        differences: list[torch.Tensor] = []
+        norms: list[torch.Tensor] = []
         for chunk in _chunks(student, teacher):
             wide_student, wide_teacher = [_wide(s) for s, _ in chunk], [_wide(t) for _, t in chunk]
-            difference: Sequence[torch.Tensor]
             if self.foreach:
-                difference = torch._foreach_sub(wide_student, wide_teacher)
+                differences.extend(torch._foreach_norm(torch._foreach_sub(wide_student, wide_teacher)))
+                norms.extend(torch._foreach_norm(wide_teacher))
             else:
-                difference = [s - t for s, t in zip(wide_student, wide_teacher, strict=True)]
-            differences.append(get_total_norm(difference, foreach=self.foreach))
-            norms.append(get_total_norm(wide_teacher, foreach=self.foreach))
-        scalars = torch.stack([torch.linalg.vector_norm(torch.stack(x)) for x in (differences, norms)])
+                differences.extend(
+                    torch.linalg.vector_norm(s - t) for s, t in zip(wide_student, wide_teacher, strict=True)
+                )
+                norms.extend(torch.linalg.vector_norm(t) for t in wide_teacher)
+        scalars = torch.stack([_total(differences), _total(norms)])
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(scalars, src=0)
         distance, norm = scalars.tolist()
@@ -413,16 +415,22 @@ class LyapEmaV3(ModelEmaV3):
 def _chunks(
     student: list[torch.Tensor], teacher: list[torch.Tensor]
 ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Runs of tensors of about CHUNK_NUMEL elements: their difference stays in cache and is not as big as the model."""
+    """Runs of neighbouring tensors whose difference is small beside the model."""
+    limit = CPU_CHUNK_NUMEL if teacher[0].device.type == "cpu" else CHUNK_NUMEL
     chunk, numel = [], 0
     for pair in zip(student, teacher, strict=True):
         chunk.append(pair)
         numel += pair[0].numel()
-        if numel >= CHUNK_NUMEL:
+        if numel >= limit:
             yield chunk
             chunk, numel = [], 0
     if chunk:
         yield chunk
+
+
+def _total(norms: list[torch.Tensor]) -> torch.Tensor:
+    """Norm of all tensors together."""
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
