@@ -88,5 +88,5 @@ def bidirectional_conv_backward(
     gradients = [dx.to(x.dtype)]
     for of_direction, taps, offset in zip(dweights, (weight, weight_b), (bias, bias_b), strict=True):
         dtaps = of_direction[:-1].t().unsqueeze(1)
-        gradients += [dtaps.to(taps.dtype).contiguous(), of_direction[-1].to(offset.dtype).contiguous()]
+        gradients += [dtaps.to(taps.dtype, copy=True).contiguous(), of_direction[-1].to(offset.dtype, copy=True)]
     return tuple(gradients)  # type: ignore[return-value]
