@@ -24,7 +24,7 @@ class _Backend(NamedTuple):
 
 # In the order of preference of the automatic choice.
 _BACKENDS = {
-    "triton": _Backend("triton", ("cuda",), ("scan",)),
+    "triton": _Backend("triton", ("cuda",), ("scan", "conv")),
     "cuda": _Backend("mamba_ssm", ("cuda",), ("scan",)),
     "numba": _Backend("numba", ("cpu",), ("scan", "conv")),
     "reference": _Backend("torch", (), ("scan", "conv")),
