@@ -125,7 +125,11 @@ def _load_pretrained(name: str) -> nn.Module:
         known = timm.list_models(f"{split_model_name_tag(name)[0].split('_')[0]}*", pretrained=True)
         hint = f"; with weights: {', '.join(known[:5])}" if known else ""
         raise ValueError(f"model: no pretrained weights exist for {name}{hint}")
-    with hub_session(config.hf_hub_id or name):
+    repo_id, _, revision = (config.hf_hub_id or "").partition("@")
+    if repo_id:
+        # timm finds the file in the cache, where its checksum has been verified
+        fetch(repo_id, config.hf_hub_filename or "model.safetensors", revision or None)
+    with hub_session(repo_id or name):
         return timm.create_model(name, pretrained=True).eval()
 
 

@@ -40,6 +40,7 @@ def write_run(folder: Path) -> Path:
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
     best = {"epoch": 1, "top1": 63.0}
     results = {"student": student, "teacher": teacher, "best": best, "split": split}
+    results["unreadable_images"] = {"/home/someone/photos/ant/7.png": 2}
     (folder / "metrics.json").write_text(json.dumps(results))
     (folder / "summary.csv").write_text("epoch,train_loss,eval_top1\n0,1.5,40\n1,1.2,55\n2,1.1,61.5\n")
     (folder / "labelled.txt").write_text("ant/1.png\n")

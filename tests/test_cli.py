@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import timm
 from PIL import Image
 
 from semivim.cli import main
 from tests.hub_client import shared_client, shared_hub
+from tests.hub_server import Fault
+from tests.released import as_bytes, released_weights
 from tests.run_folder import CLASSES, write_run
 
 
@@ -26,6 +29,21 @@ def test_publish_then_predict(run_dir: Path) -> None:
     hub = shared_client().cli("predict", run_dir / "photo.png", "--model", "hf-hub:org/cli@v1", "--topk", 2)
     folder = shared_client().cli("predict", run_dir / "photo.png", "--model", f"local-dir:{run_dir}", "--topk", 2)
     assert hub.stdout == folder.stdout != ""
+
+
+def test_predict_with_pretrained_weights(run_dir: Path) -> None:
+    weights = released_weights(timm.create_model("vim_tiny_patch16_224"))
+    weights["head.bias"][281] = 50.0
+    shared_hub().add("hustvl/Vim-tiny-midclstok", {"vim_t_midclstok_76p1acc.pth": as_bytes({"model": weights})})
+    argv = ("predict", run_dir / "photo.png", "--model", "vim_tiny_patch16_224", "--pretrained", "--topk", 1)
+    answer = shared_client().cli(*argv)
+    assert answer.stdout == "100.00 %  tabby, tabby cat\n", answer.stderr
+    try:
+        shared_hub().fault = Fault("GET /cdn", "corrupt")
+        shared_hub().add("hustvl/Vim-tiny-midclstok", {"vim_t_midclstok_76p1acc.pth": as_bytes({"model": {}})})
+        assert "hustvl/Vim-tiny-midclstok: vim_t_midclstok_76p1acc.pth: checksum" in shared_client().cli(*argv).line
+    finally:
+        shared_hub().fault = None
 
 
 def test_predict_prints_labels_with_their_share(run_dir: Path, capsys: pytest.CaptureFixture) -> None:

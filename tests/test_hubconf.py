@@ -13,6 +13,7 @@ import torch
 
 import semivim.models  # noqa: F401
 from tests.hub_client import HubClient, shared_home, shared_hub
+from tests.released import as_bytes, released_weights
 from tests.run_folder import write_run
 
 _ROOT = Path(__file__).parent.parent
@@ -64,6 +65,9 @@ def test_local_checkout_makes_the_model_timm_makes() -> None:
 def test_zip_of_github_with_every_model_and_pretrained_weights(github: str, tmp_path: Path) -> None:
     run = write_run(tmp_path)
     shared_hub().add("org/hubconf", {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors")})
+    tiny = released_weights(timm.create_model("vim_tiny_patch16_224"))
+    tiny["head.bias"] = torch.arange(1000.0)
+    shared_hub().add("hustvl/Vim-tiny-midclstok", {"vim_t_midclstok_76p1acc.pth": as_bytes({"model": tiny})})
     code = """
 import torch
 torch.hub.set_dir(folder)
@@ -73,11 +77,12 @@ names = torch.hub.list(repo, **trust, verbose=False)
 helps = [torch.hub.help(repo, name, **trust) for name in names]
 weights = dict(hf_hub_id="org/hubconf", num_classes=5)
 model = torch.hub.load(repo, "test_vim", pretrained=True, pretrained_cfg_overlay=weights, **trust, verbose=False).eval()
+tiny = torch.hub.load(repo, "vim_tiny_patch16_224", pretrained=True, **trust, verbose=False)
 import semivim
 from semivim.ops import use_backend
 with use_backend("reference"):
     logits = model(torch.ones(1, 3, 32, 32))
-result = dict(names=names, helps=helps, file=semivim.__file__, logits=logits.tolist())
+result = dict(names=names, helps=helps, file=semivim.__file__, logits=logits.tolist(), bias=tiny.head.bias.tolist())
 """
     with HubClient(shared_hub().url, shared_home(), imports="") as client:
         answer = client.run(code, folder=str(tmp_path / "hub"), github=github)
@@ -85,5 +90,6 @@ result = dict(names=names, helps=helps, file=semivim.__file__, logits=logits.tol
     assert sorted(answer.result["names"]) == _own_models() and "semivim_base" in answer.result["names"]
     assert all(text and text.strip() for text in answer.result["helps"])
     assert answer.result["file"].startswith(str(tmp_path / "hub"))
+    assert answer.result["bias"] == tiny["head.bias"].tolist()
     wanted = timm.create_model(f"local-dir:{run}", pretrained=True).eval()(torch.ones(1, 3, 32, 32))
     assert torch.allclose(torch.tensor(answer.result["logits"]), wanted, atol=1e-6)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from semivim.utils.hub_session import HubError, fetch, hub_session, sha256
-from semivim.utils.model_card import RUN_FILES, Run, model_card, public_args, read_run
+from semivim.utils.model_card import RUN_FILES, Run, model_card, public_args, public_metrics, read_run
 
 _logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ def _stage(run: Run, stage: Path, repo_id: str, revision: str) -> str:
         shutil.copyfile(run.folder / name, stage / name)
     args, _ = public_args(run.args)
     (stage / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False), encoding="utf-8")
+    (stage / "metrics.json").write_text(json.dumps(public_metrics(run.metrics), indent=1), encoding="utf-8")
     card = model_card(run, repo_id, revision, version("semivim"))
     (stage / "README.md").write_text(card, encoding="utf-8")
     return card

@@ -32,6 +32,7 @@ _RECIPE_FLAGS = (
     "warmup_epochs",
     "amp",
 )
+_ROLES = {"best": "published", "teacher": "teacher, last epoch", "student": "student, last epoch"}
 _SPLIT = ("sha256", "num_labelled", "num_unlabelled")
 # a value of these is a file or folder of the reader's own
 _PATH_FLAGS = ("_dir", "_list", "_path", "_map", "_checkpoint")
@@ -110,6 +111,11 @@ def public_args(args: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {key: value for key, value in args.items() if key not in (*_PLACE_FLAGS, *local)}, local
 
 
+def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``metrics.json`` without the names of unreadable images, which are paths of this machine."""
+    return {key: value for key, value in metrics.items() if key != "unreadable_images"}
+
+
 def model_card(run: Run, repo_id: str, revision: str, version: str) -> str:
     """The README.md of a published run.
 
@@ -136,14 +142,16 @@ def model_card(run: Run, repo_id: str, revision: str, version: str) -> str:
     best = run.metrics["best"]
     recipe = {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None}
     source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
+    images = f"{split['num_labelled']} labelled images"
+    if args.get("ssl_method") != "supervised":
+        images += f" and {split['num_unlabelled']} unlabelled ones"
     return f"""\
 ---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
 # {repo_id.split("/")[-1]}
 
-`{architecture}` for {run.config["num_classes"]} classes, trained semi-supervised on \
-{split["num_labelled"]} labelled and {split["num_unlabelled"]} unlabelled images. \
+`{architecture}` for {run.config["num_classes"]} classes, trained on {images}. \
 The weights are the teacher's at its best epoch, {best["epoch"]} of 0 to {run.epochs - 1}.
 
 ## Use
@@ -158,7 +166,7 @@ or, for the labels of one image file: `semivim predict IMAGE --model {source}`
 
 ## Results
 
-On the run's validation split; "published" is the teacher at epoch {best["epoch"]}, the others are at the last epoch.
+On the run's validation split; "published" is the teacher at epoch {best["epoch"]}.
 
 {_metrics_table(run.metrics)}
 
@@ -187,8 +195,8 @@ split, which has to be the one above.
 
 ## Intended use and limits
 
-Classifying images like those of the training data, and as a start for fine-tuning. Most training images had no label: \
-the model learned from its own guesses on them, and classes with few labels are the least reliable (see the recall of \
+Classifying images like those of the training data, and as a start for fine-tuning. On unlabelled images \
+the model learned from its own guesses, and classes with few labels are the least reliable (see the recall of \
 each class). It has not been tested on other data, and not for decisions about people.
 
 ## License
@@ -230,25 +238,24 @@ def _flag(key: str) -> str:
 
 
 def _metrics_table(metrics: dict[str, Any]) -> str:
-    columns = {"published": metrics["best"], "teacher": metrics["teacher"], "student": metrics["student"]}
     rows = [
-        (title, *(_number(values.get(key)) for values in columns.values()))
+        (title, *(_number(metrics[role].get(key)) for role in _ROLES))
         for key, title in _METRICS.items()
         if metrics["teacher"].get(key) is not None
     ]
-    return _table(("metric", *columns), rows)
+    return _table(("metric", *_ROLES.values()), rows)
 
 
 def _recall_table(run: Run) -> str:
-    columns = {name: run.metrics[name].get("per_class_recall") for name in ("best", "teacher", "student")}
-    known = {"published" if name == "best" else name: recalls for name, recalls in columns.items() if recalls}
+    recalls = {title: run.metrics[role].get("per_class_recall") for role, title in _ROLES.items()}
+    known = {title: values for title, values in recalls.items() if values}
     names = run.config.get("label_names") or [""] * run.config["num_classes"]
     counts = run.metrics["split"]["labels_per_class"]
     rows = [
-        (index, name, count, *(_number(recalls[index]) for recalls in known.values()))
+        (index, name, count, *(_number(values[index]) for values in known.values()))
         for index, (name, count) in enumerate(zip(names, counts, strict=True))
     ]
-    return _table(("class", "name", "labelled images", *(f"{name}, recall (%)" for name in known)), rows)
+    return _table(("class", "name", "labelled images", *(f"recall (%), {title}" for title in known)), rows)
 
 
 def _number(value: float | None) -> str:
