@@ -41,7 +41,7 @@ def _convolve(x, weight, bias, token, channel, l, d, x_token, x_channel, REVERSE
     """The convolution before SiLU at some tokens."""
     c = tl.load(bias + channel, mask=channel < d, other=0).to(tl.float32)[None, :]
     for j in tl.static_range(TAPS):
-        shift: tl.constexpr = TAPS - 1 - j if REVERSE else j - (TAPS - 1)
+        shift = TAPS - 1 - j if REVERSE else j - (TAPS - 1)
         c = c + _tap(weight, j, channel, d, TAPS) * _load(x, token + shift, channel, l, d, x_token, x_channel)
     return c
 
@@ -81,8 +81,8 @@ def _conv_backward_direction(
     """Add a direction to dx; write its program's share of the gradients of taps and bias."""
     own = _gradient_of_convolution(grad, x, weight, bias, token, channel, l, d, x_token, x_channel, REVERSE, TAPS)
     tl.store(dbias + channel, tl.sum(own, 0), mask=channel < d)
-    for j in tl.static_range(TAPS):
-        shift: tl.constexpr = TAPS - 1 - j if REVERSE else j - (TAPS - 1)
+    for j in range(TAPS):
+        shift = TAPS - 1 - j if REVERSE else j - (TAPS - 1)
         product = own * _load(x, token + shift, channel, l, d, x_token, x_channel)
         tl.store(dweight + channel * TAPS + j, tl.sum(product, 0), mask=channel < d)
         reader = _gradient_of_convolution(
@@ -154,6 +154,6 @@ def bidirectional_conv_backward(
             TAPS=taps, BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, **LAUNCH,
         )  # fmt: skip
     # torch sums on a GPU in a fixed order, without atomics.
-    dweight, dweight_b = dweights.sum(1)
-    dbias, dbias_b = dbiases.sum(1)
+    dweight, dweight_b = (share.sum(0) for share in dweights)
+    dbias, dbias_b = (share.sum(0) for share in dbiases)
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dweight_b.to(weight_b.dtype), dbias_b.to(bias_b.dtype)

@@ -276,16 +276,17 @@ def _backward(
                 dz, y, grad, z, *z.stride(), l * d, d, scale, BOTH=directions == 2, BLOCK=GATE_BLOCK,
                 enable_fp_fusion=True,
             )  # fmt: skip
-    # torch sums on a GPU in a fixed order, without atomics.
-    sums = drow.sum(2), dA.sum(1).transpose(1, 2).contiguous(), dD.sum(1), dbias.sum(1)
+    # torch sums on a GPU in a fixed order, without atomics. Summed one by one, as gradients may not share memory.
     return [
         _Gradients(
             du[i],
             ddelta[i],
-            sums[0][i],
-            *(part[i].to(x.dtype) for part, x in zip(sums[1:], (k.A, k.D, k.bias), strict=True)),
+            drow[i].sum(1),
+            dA[i].sum(0).t().to(x.A.dtype).contiguous(),
+            dD[i].sum(0).to(x.D.dtype),
+            dbias[i].sum(0).to(x.bias.dtype),
         )
-        for i, k in enumerate(kinds)
+        for i, x in enumerate(kinds)
     ], dz
 
 
@@ -311,8 +312,8 @@ def selective_scan_backward(
         of.u,
         of.delta,
         of.A,
-        dB.to(B.dtype).contiguous(),
-        dC.to(C.dtype).contiguous(),
+        dB.to(B.dtype, copy=True, memory_format=torch.contiguous_format),
+        dC.to(C.dtype, copy=True, memory_format=torch.contiguous_format),
         None if D is None else of.D,
         dz,
         None if delta_bias is None else of.bias,
