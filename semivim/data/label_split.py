@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from semivim.utils.checkpoint import write_text
+
 UNKNOWN = -1  # label of an image whose class is not known
 
 
@@ -295,7 +297,7 @@ def save_split(split: LabelSplit, folder: str | os.PathLike[str], names: Sequenc
         if names is not None:
             columns.append([names[i] for i in positions])
         lines = (" ".join(map(str, row)) for row in zip(*columns, strict=True))
-        _write_atomically(Path(folder) / f"{role}.txt", "\n".join([header, *lines, ""]))
+        write_text(Path(folder) / f"{role}.txt", "\n".join([header, *lines, ""]))
 
 
 def load_split(
@@ -368,15 +370,3 @@ def _check_names(path: Path, names: Sequence[str], rows: list[list[str]], column
     for row in rows:
         if len(row) > column and names[int(row[0])] != row[column]:
             raise ValueError(f"{path} says {row[column]!r} is image {row[0]}, the data set has {names[int(row[0])]!r}")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -74,7 +74,7 @@ class ImageSource:
             image = self.read(index)
             image.load()
         except _DECODING_ERRORS as error:
-            raise UnreadableImageError(f"unreadable image {self.describe(index)}: {error}") from error
+            raise UnreadableImageError(f"{self.describe(index)} is unreadable: {error}") from error
         return image
 
 

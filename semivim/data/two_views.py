@@ -243,7 +243,9 @@ class StepBatches(Dataset):
                 index.append(position)
                 break
             else:
-                raise RuntimeError(f"{_MAX_CONSECUTIVE_UNREADABLE} images in a row are unreadable") from last_error
+                raise UnreadableImageError(
+                    f"{_MAX_CONSECUTIVE_UNREADABLE} images in a row cannot be read; the last: {last_error}"
+                ) from last_error
         return images, seeds, index
 
 
