@@ -125,7 +125,8 @@ def save_curves(path: Path, records: Sequence[dict[str, Any]], title: str) -> No
         axis.set_xlabel("update")
         if scale == "symlog":
             axis.set_yscale("symlog", linthresh=1e-3)
-        axis.legend(fontsize="small")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.tight_layout()

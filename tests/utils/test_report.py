@@ -1,0 +1,61 @@
+import json
+
+from PIL import Image
+
+from semivim.utils.report import RunLog, read_jsonl, results_table, save_curves
+
+
+def test_log_lines_and_records(tmp_path, capsys):
+    log = RunLog(tmp_path, total_updates=4)
+    log.step(8)
+    log.record({"loss_labelled": 1.5, "lr": 0.1})
+    log.record({"teacher_top1": 50.0})
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("[1/4 eta ")
+    assert "loss_labelled 1.5" in lines[0]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["update"] == 1
+    assert records[0]["images_per_s"] > 0
+    assert "images_per_s" not in records[1]  # evaluation is not training speed
+
+
+def test_resume_drops_later_records_and_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"update": 1}\n{"update": 2}\n{"update": 3}\n{"upda')
+    assert [r["update"] for r in read_jsonl(path)] == [1, 2, 3]
+    log = RunLog(tmp_path, total_updates=4, first_update=2)
+    log.step(1)
+    log.record({})
+    assert [r["update"] for r in read_jsonl(path)] == [1, 2, 3]
+    assert [r["update"] for r in log.records] == [1, 2, 3]
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = RunLog(None, total_updates=4)
+    log.step(1)
+    log.record({"loss": 1.0})
+    log.say("hello")
+    assert capsys.readouterr().out == ""
+
+
+def test_table_and_picture(tmp_path):
+    student = {
+        "top1": 10.0,
+        "top5": 50.0,
+        "balanced_acc": 9.0,
+        "worst_class_recall": 0.0,
+        "per_class_recall": [20.0, None],
+    }
+    table = results_table(student, student | {"top1": 12.5})
+    assert "top1                       10.00     12.50" in table
+    assert "recall of class 0" in table
+    assert "class 1" not in table
+    records = [
+        {"update": i, "loss_labelled": 1 / i, "v": 10.0**i, "guard_rate": 0.0, "alpha": float("nan")}
+        for i in range(1, 5)
+    ]
+    save_curves(tmp_path / "curves.png", [*records, {"update": 4, "teacher_top1": 20.0}], "a title")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > picture.size[1] > 100
+        assert len(picture.convert("L").getcolors(256)) > 10
