@@ -11,10 +11,10 @@ A backend is a module `scan_<name>` (listed in `backends.py`) with five function
     bidirectional_scan_forward(<thirteen tensors>, psi, nu) -> (out, states)
     bidirectional_scan_backward(grad, <the fifteen above>, states) -> gradients of the thirteen tensors
 Tensors are channel-last with any strides and may mix dtypes. Outputs and gradients are contiguous, freshly allocated,
-in the dtype of what they belong to; every element is written; l >= 1 and b >= 1. `states`, float32,
-``(b, directions, (l-1)//CHUNK, n, d)``, are the states that enter each chunk but the first, counted in the direction
-of the scan; forward and backward may run in different backends, so all store the same thing. A new backend is one
-entry in `_BACKENDS`.
+in the dtype of what they belong to; every element is written; l >= 1 and b >= 1. `states`, contiguous,
+``(b, directions, ceil(l / CHUNK), n, d)``, in `state_dtype`, are the states after each chunk of tokens, counted in the
+direction of the scan; forward and backward may run in different backends, so all store the same thing. The ops flatten
+them to ``(b, -1)``: a dimension that is 1 for short inputs would tie an exported program to the length it was traced at.
 """
 
 import torch
@@ -96,7 +96,11 @@ def _check_bidirectional(
 
 def _new_states(u: Tensor, A: Tensor, directions: int) -> Tensor:
     b, l, d = u.shape
-    return u.new_empty(b, directions, (l - 1) // CHUNK, A.shape[1], d, dtype=state_dtype(u))
+    return u.new_empty(b, directions * ((l + CHUNK - 1) // CHUNK) * A.shape[1] * d, dtype=state_dtype(u))
+
+
+def _unflatten(states: Tensor, u: Tensor, A: Tensor, directions: int) -> Tensor:
+    return states.view(u.shape[0], directions, -1, A.shape[1], u.shape[2])
 
 
 def _contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -121,7 +125,8 @@ def _selective_scan(
     module = choose("scan", backend, u.device, u.dtype)
     if u.numel() == 0:
         return _contiguous_like(u)[0], _new_states(u, A, 1)
-    return module.selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    out, states = module.selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    return out, states.view(states.shape[0], -1)
 
 
 @_selective_scan.register_fake
@@ -153,7 +158,7 @@ def _selective_scan_backward(
     if u.numel() == 0:
         return [u.new_zeros(0) if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias)]
     gradients = module.selective_scan_backward(
-        grad, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, states
+        grad, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, _unflatten(states, u, A, 1)
     )
     return [u.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
@@ -203,7 +208,8 @@ def _bidirectional_scan(
     module = choose("scan", backend, u.device, u.dtype)
     if u.numel() == 0:
         return _contiguous_like(u)[0], _new_states(u, A, 2)
-    return module.bidirectional_scan_forward(*operands)
+    out, states = module.bidirectional_scan_forward(*operands)
+    return out, states.view(states.shape[0], -1)
 
 
 @_bidirectional_scan.register_fake
@@ -239,7 +245,7 @@ def _bidirectional_scan_backward(
     module = choose("scan", backend, u.device, u.dtype)
     if u.numel() == 0:
         return [torch.zeros_like(x) for x in operands]
-    return list(module.bidirectional_scan_backward(grad, *operands, psi, nu, states))
+    return list(module.bidirectional_scan_backward(grad, *operands, psi, nu, _unflatten(states, u, A, 2)))
 
 
 @_bidirectional_scan_backward.register_fake

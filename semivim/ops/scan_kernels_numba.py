@@ -169,10 +169,8 @@ def _run_quad(a_at, a_state, h, bc, wide, dt, du, y, count):
 
 @compiled
 def _store_states(call, place):
-    """Keep the states that enter the next chunk."""
-    chunks = (call.tokens - 1) // CHUNK
-    if place.chunk == chunks:
-        return
+    """Keep the states after a chunk."""
+    chunks = (call.tokens - 1) // CHUNK + 1
     row = (place.image * call.directions + place.direction) * chunks + place.chunk
     at = call.states + (row * call.n * call.channels + place.c) * 4
     h = place.h + place.group * call.quads * QUAD * WIDTH
@@ -371,7 +369,7 @@ def _prepare_group(kind, call, side, place):
 @compiled
 def _load_states(call, place, q):
     """Four states before the chunk, where the recomputation starts from."""
-    chunks = (call.tokens - 1) // CHUNK
+    chunks = (call.tokens - 1) // CHUNK + 1
     row = (place.image * call.directions + place.direction) * chunks + place.chunk - 1
     at = call.states + (row * call.n * call.channels + place.c) * 4
     for s in range(q, q + QUAD):

@@ -66,15 +66,15 @@ def _forward_token(
     h, token, B, C, known, walked, l, A2, bias, skip, mix, boundary, state_size, both,
     SOFTPLUS: tl.constexpr, GATED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Advance by a token and store the state that enters a chunk; return it and the direction's share of the output."""
+    """Advance by a token and store the state after a chunk; return it and the direction's share of the output."""
     b_row = tl.load(B, mask=known, other=0).to(tl.float32)
     c_row = tl.load(C, mask=known, other=0).to(tl.float32)
     x, dt = token[0].to(tl.float32), token[1].to(tl.float32) + bias
     if SOFTPLUS:
         dt = _softplus(dt)
     h = _advance(h, dt, x, b_row, A2)
-    if ((walked + 1) % CHUNK == 0) & (walked + 1 < l):
-        tl.store(boundary + ((walked + 1) // CHUNK - 1) * state_size, h, mask=both)
+    if ((walked + 1) % CHUNK == 0) | (walked + 1 == l):
+        tl.store(boundary + walked // CHUNK * state_size, h, mask=both)
     s = tl.sum(h * c_row[:, None], 0)
     y = s + skip * x
     if GATED:
@@ -105,7 +105,7 @@ def selective_forward(
     C += image * row_image + state * row_state
     z += image * z_image + channel * z_channel
     out += image * l * d + channel
-    boundary = _tile(states + image * ((l - 1) // CHUNK) * n * d, channel, d, STATES)
+    boundary = _tile(states + image * tl.cdiv(l, CHUNK) * n * d, channel, d, STATES)
     low = part * segment
     length = tl.minimum(l, low + segment) - low
     h = tl.zeros((STATES, BLOCK_D), tl.float32)
@@ -149,7 +149,7 @@ def bidirectional_forward(
     z += image * z_image + channel * z_channel
     out += image * l * d + channel
     partial += image * l * d + channel
-    chunks = (l - 1) // CHUNK
+    chunks = tl.cdiv(l, CHUNK)
     boundary = _tile(states + image * 2 * chunks * n * d, channel, d, STATES)
     low = part * segment
     high = tl.minimum(l, low + segment)
@@ -353,7 +353,7 @@ def scan_backward(  # noqa: PLR0915  one kernel, one walk: a part of it cannot b
     kept = _tile(
         kept + (cell * blocks + block) * (CHUNK // SUB) * STATES * BLOCK_D, tl.arange(0, BLOCK_D), BLOCK_D, STATES
     )
-    boundary = (image * (tl.num_programs(2) // segments) + slot) * ((l - 1) // CHUNK) - 1
+    boundary = (image * (tl.num_programs(2) // segments) + slot) * tl.cdiv(l, CHUNK) - 1
     boundary = _tile(states + boundary * n * d, channel, d, STATES)
     first, step = tl.where(direction == 1, l - 1, 0), tl.where(direction == 1, -1, 1)
 

@@ -120,7 +120,7 @@ class _Launch:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         call, (_, tokens, channels) = self.call[0], self.u.shape
-        chunks = (tokens - 1) // kernels.CHUNK
+        chunks = -(-tokens // kernels.CHUNK)
         out = self.new(call, "out", *self.u.shape)
         states = self.new(call, "states", self.images, len(self.sides), chunks, self.n, channels, dtype=torch.float32)
         scratch = kernels.forward_scratch(tokens, self.quads, len(self.sides))

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens between two stored states. A forward returns, beside its output, the state that enters each chunk but the
-# first, so that a backward recomputes a chunk at a time.
+# Tokens between two stored states. A forward returns, beside its output, the state after each chunk, so that a backward
+# recomputes a chunk at a time.
 CHUNK = 64
 
 
@@ -36,7 +36,7 @@ def _recurrence(
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t; s_t = <C_t, h_t>.
 
     Returns:
-        s ``(b, l, d)``, the stored states ``(b, (l-1)//CHUNK, n, d)``, and h after each token in the order walked.
+        s ``(b, l, d)``, the stored states ``(b, ceil(l / CHUNK), n, d)``, and h after each token in the order walked.
     """
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     order = _tokens(u.shape[1], reverse)
@@ -47,9 +47,8 @@ def _recurrence(
         h = decay * h + (dt[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
         s[t] = (h * C[:, t, None, :]).sum(-1)
         walked.append(h)
-    stored = walked[CHUNK - 1 : -1 : CHUNK]
-    states = torch.stack(stored, 1).transpose(2, 3) if stored else h.new_empty(h.shape[0], 0, h.shape[2], h.shape[1])
-    return torch.stack(s, 1), states, walked
+    after_chunks = [walked[min(end, len(walked)) - 1] for end in range(CHUNK, len(walked) + CHUNK, CHUNK)]
+    return torch.stack(s, 1), torch.stack(after_chunks, 1).transpose(2, 3).contiguous(), walked
 
 
 def _recurrence_backward(
@@ -97,7 +96,7 @@ def selective_scan_forward(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``(b, l, d)`` and the stored states ``(b, 1, (l-1)//CHUNK, n, d)``."""
+    """Return the output ``(b, l, d)`` and the stored states ``(b, 1, ceil(l / CHUNK), n, d)``."""
     wide = state_dtype(u)
     x, raw = u.to(wide), delta.to(wide) + _zeros_for(delta_bias, u)
     dt = F.softplus(raw) if delta_softplus else raw
@@ -164,7 +163,7 @@ def bidirectional_scan_forward(
     psi: Tensor | None,
     nu: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``(b, l, d)`` and the stored states ``(b, 2, (l-1)//CHUNK, n, d)``."""
+    """Return the output ``(b, l, d)`` and the stored states ``(b, 2, ceil(l / CHUNK), n, d)``."""
     wide = state_dtype(u)
     s, skip, states = [], [], []
     for reverse, operands in enumerate(

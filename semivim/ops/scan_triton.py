@@ -155,14 +155,14 @@ def selective_scan_forward(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``(b, l, d)`` and the stored states ``(b, 1, (l-1)//CHUNK, n, d)``."""
+    """Return the output ``(b, l, d)`` and the stored states ``(b, 1, ceil(l / CHUNK), n, d)``."""
     (b, l, d), n = u.shape, A.shape[1]
     f = _Direction(u, delta, A, B, C, _zeros_for(D, u), _zeros_for(delta_bias, u))
     f, _ = _pair(f, f)
     gate = f.u if z is None else z
     plan = _plan(u, n, 1)
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    states = u.new_empty(b, 1, (l - 1) // CHUNK, n, d, dtype=torch.float32)
+    states = u.new_empty(b, 1, triton.cdiv(l, CHUNK), n, d, dtype=torch.float32)
     with torch.cuda.device_of(u):
         entry = None
         if plan.segments > 1:
@@ -194,13 +194,13 @@ def bidirectional_scan_forward(
     psi: Tensor | None,
     nu: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``(b, l, d)`` and the stored states ``(b, 2, (l-1)//CHUNK, n, d)``."""
+    """Return the output ``(b, l, d)`` and the stored states ``(b, 2, ceil(l / CHUNK), n, d)``."""
     (b, l, d), n = u.shape, A.shape[1]
     f, g = _pair(_direction(u, delta, A, bc, D, delta_bias), _direction(u_b, delta_b, A_b, bc_b, D_b, delta_bias_b))
     plan = _plan(u, n, 1)
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
     partial = torch.empty_like(out, dtype=torch.float32)
-    states = u.new_empty(b, 2, (l - 1) // CHUNK, n, d, dtype=torch.float32)
+    states = u.new_empty(b, 2, triton.cdiv(l, CHUNK), n, d, dtype=torch.float32)
     with torch.cuda.device_of(u):
         entry = None
         if plan.segments > 1:

@@ -1,0 +1,86 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from semivim.ops import available_backends, backends, bidirectional_conv, selective_scan, use_backend
+from tests.ops.scan_cases import selective_inputs
+
+
+def chosen(backend="auto", op="scan", dtype=torch.float32):
+    return backends.choose(op, backend, torch.device("cpu"), dtype).__name__.rpartition(".")[2]
+
+
+def test_report_names_the_choice_and_the_reasons():
+    report = available_backends("cpu")
+    assert list(report) == ["triton", "cuda", "numba", "reference"]
+    assert report["numba"] == "available, chosen for cpu"
+    assert report["reference"] == "available"
+    assert "not installed" in report["cuda"] or "CUDA" in report["cuda"]
+
+
+def test_named_backend_that_cannot_run_raises_and_says_why(monkeypatch):
+    inputs = selective_inputs(1, 3, 2, 2)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(
+        ValueError, match="backend 'cuda' cannot run the scan on cpu: package mamba_ssm is not installed"
+    ):
+        selective_scan(**inputs, backend="cuda")
+    with pytest.raises(ValueError, match="backend must be one of triton, cuda, numba, reference; got 'fast'"):
+        selective_scan(**inputs, backend="fast")
+
+
+def test_a_broken_package_is_a_reason_not_a_crash(monkeypatch):
+    def broken(name):
+        raise ImportError(f"undefined symbol in {name}")
+
+    monkeypatch.setattr(backends.importlib, "import_module", broken)
+    assert "undefined symbol" in available_backends("cpu")["numba"]
+
+
+def test_float64_takes_the_reference():
+    assert chosen(dtype=torch.float64) == "scan_reference"
+    with pytest.raises(ValueError, match="only the reference keeps float64"):
+        chosen("numba", dtype=torch.float64)
+
+
+def test_block_over_environment_over_choice(monkeypatch):
+    assert chosen() == "scan_numba"
+    monkeypatch.setenv("SEMIVIM_BACKEND", "reference")
+    assert chosen() == "scan_reference"
+    with use_backend("numba"):
+        assert chosen() == "scan_numba"
+        with use_backend("reference"):
+            assert chosen() == "scan_reference"
+        assert chosen() == "scan_numba"
+    monkeypatch.setenv("SEMIVIM_BACKEND", "fast")
+    with pytest.raises(ValueError, match="got 'fast'"):
+        chosen()
+
+
+def test_unknown_block_name_raises_at_once():
+    with pytest.raises(ValueError, match="got 'fast'"), use_backend("fast"):
+        pass
+
+
+def test_block_ends_after_an_error():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert chosen() == "scan_numba"
+
+
+def test_a_block_for_scan_kernels_only_leaves_the_convolution_its_choice(monkeypatch):
+    only_scan = backends._BACKENDS["reference"]._replace(ops=("scan",))
+    monkeypatch.setitem(backends._BACKENDS, "reference", only_scan)
+    with use_backend("reference"):
+        assert chosen(op="scan") == "scan_reference"
+        assert chosen(op="conv") == "conv_numba"
+    x = torch.randn(1, 4, 2)
+    with pytest.raises(ValueError, match="it has no conv kernels"):
+        bidirectional_conv(x, *[torch.randn(2, 1, 4), torch.randn(2)] * 2, backend="reference")
+
+
+def test_import_brings_no_kernel_package():
+    code = "import sys, semivim.ops; sys.exit('numba' in sys.modules or 'mamba_ssm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,324 @@
+import math
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from semivim.ops import bidirectional_scan, scan_reference, selective_scan, use_backend
+from tests.ops.scan_cases import (
+    BACKENDS,
+    BIDIRECTIONAL,
+    DTYPES,
+    LENGTHS,
+    bidirectional_inputs,
+    expected_bidirectional,
+    expected_selective,
+    in_float64,
+    mixing,
+    run,
+    selective_inputs,
+)
+from tests.tolerance import assert_close
+
+no_jit_warning = pytest.mark.filterwarnings("ignore:.*torch.jit")
+
+
+def compare(actual, expected, dtype="float32"):
+    for name in expected:
+        assert_close(
+            name, actual[name], expected[name], "float32_grad" if dtype == "float32" and name != "out" else dtype
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_bidirectional_scan_is_the_float64_one(backend, dtype, l):
+    mixed = l in (7, 197)
+    inputs = bidirectional_inputs(2, l, 24, 16, DTYPES[dtype])
+    actual = run(bidirectional_scan, inputs, backend=backend, **(mixing(2) if mixed else {}))
+    compare(actual, expected_bidirectional(l, DTYPES[dtype], mixed), dtype)
+    assert all(actual[name].dtype == x.dtype for name, x in inputs.items())
+    assert actual["out"].dtype == DTYPES[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bare", (False, True), ids=("gated", "bare"))
+@pytest.mark.parametrize("reverse", (False, True), ids=("ahead", "reverse"))
+@pytest.mark.parametrize("l", LENGTHS[:-1])
+def test_selective_scan_is_the_float64_one(backend, bare, reverse, l):
+    inputs = selective_inputs(1, l, 20, 16, bare=bare)
+    actual = run(selective_scan, inputs, backend=backend, delta_softplus=not bare, reverse=reverse)
+    compare(actual, expected_selective(l, torch.float32, bare, reverse))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n", (1, 4, 5, 16, 64))
+def test_any_number_of_states(backend, n):
+    inputs = bidirectional_inputs(1, 70, 18, n, seed=n)
+    compare(run(bidirectional_scan, inputs, backend=backend), in_float64(bidirectional_scan, inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_state_in_closed_form(backend):
+    # Constant input and step: h_t = b (1 + a + ... + a^t), a = exp(-dt).
+    l, dt = 40, 0.25
+    ones = torch.ones(1, 1, l)
+    out = selective_scan(ones, dt * ones, -torch.ones(1, 1), ones, 2 * ones, backend=backend)
+    decay = math.exp(-dt)
+    expected = torch.tensor([2 * dt * (1 - decay ** (t + 1)) / (1 - decay) for t in range(l)])
+    assert_close("out", out[0, 0], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reverse_is_the_flipped_scan(backend):
+    inputs = selective_inputs(2, 33, 5, 3)
+    flipped = {name: x.flip(-1) if x.dim() == 3 else x for name, x in inputs.items()}
+    a = selective_scan(**inputs, delta_softplus=True, reverse=True, backend=backend)
+    b = selective_scan(**flipped, delta_softplus=True, backend=backend).flip(-1)
+    assert_close("out", a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_directions_are_two_selective_scans(backend):
+    x = bidirectional_inputs(2, 30, 12, 4, seed=3)
+    mix = mixing(2)
+    s, skip = [], []
+    for end, reverse in (("", False), ("_b", True)):
+        B, C = x["bc" + end].transpose(1, 2).chunk(2, 1)
+        scan = selective_scan(
+            x["u" + end].transpose(1, 2),
+            x["delta" + end].transpose(1, 2),
+            x["A" + end],
+            B,
+            C,
+            delta_bias=x["delta_bias" + end],
+            delta_softplus=True,
+            reverse=reverse,
+            backend=backend,
+        )
+        s.append(scan.transpose(1, 2))
+        skip.append(x["D" + end] * x["u" + end])
+    gated = nn.functional.silu(x["z"]) * (sum(s) + sum(skip))
+    psi, nu = (mix[name][:, None, None] for name in ("psi", "nu"))
+    assert_close("plain", bidirectional_scan(**x, backend=backend), gated / 2)
+    leaked = (gated + nu * (psi * s[0] + (1 - psi) * s[1])) / 2  # Semi-ViM Eq. (15), (16)
+    assert_close("mixed", bidirectional_scan(**x, **mix, backend=backend), leaked)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_equal_dense_ones(backend):
+    dense = bidirectional_inputs(2, 21, 8, 4)
+    strided = {}
+    for name, x in dense.items():
+        room = torch.full((*x.shape[:-1], 3 * x.shape[-1] + 1), float("nan"))
+        strided[name] = (
+            room[..., 1::3].copy_(x) if name in ("u", "delta_b") else room[..., 2 : 2 + x.shape[-1]].copy_(x)
+        )
+    strided["z"] = dense["z"].transpose(0, 1).contiguous().transpose(0, 1)
+    a, b = run(bidirectional_scan, dense, backend=backend), run(bidirectional_scan, strided, backend=backend)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_gradient(backend):
+    inputs = {name: x.requires_grad_() for name, x in bidirectional_inputs(2, 9, 8, 4).items()}
+    out = bidirectional_scan(**inputs, backend=backend)
+    a = torch.autograd.grad(out.sum(), list(inputs.values()), retain_graph=True)
+    b = torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
+    assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    for function, inputs in (
+        (bidirectional_scan, bidirectional_inputs(0, 7, 8, 4)),
+        (selective_scan, selective_inputs(0, 7, 8, 4)),
+    ):
+        result = run(function, inputs, backend=backend)
+        assert result["out"].shape == inputs["u"].shape
+        assert torch.equal(result["A"], torch.zeros_like(inputs["A"]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_dtypes_keep_their_own(backend):
+    inputs = bidirectional_inputs(1, 20, 8, 4)
+    inputs |= {name: inputs[name].bfloat16() for name in ("u", "u_b", "bc", "z")}
+    result = run(bidirectional_scan, inputs, backend=backend)
+    assert result["out"].dtype == torch.bfloat16
+    assert all(result[name].dtype == x.dtype for name, x in inputs.items())
+    compare(result, in_float64(bidirectional_scan, inputs), "bfloat16")
+
+
+def test_state_is_float32_under_bfloat16():
+    # 400 equal increments: a bfloat16 state stops growing at 256.
+    l = 400
+    ones = torch.ones(1, 1, l, dtype=torch.bfloat16)
+    out = selective_scan(ones, ones, torch.zeros(1, 1), ones, ones)
+    assert out.dtype == torch.bfloat16
+    assert out[0, 0, -1] == 400
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL[1:])
+def test_wrong_shape_names_the_argument_of_the_bidirectional_scan(name):
+    inputs = bidirectional_inputs(2, 7, 8, 4)
+    inputs[name] = inputs[name][1:] if name in ("A", "A_b") else inputs[name][..., 1:]
+    with pytest.raises(ValueError, match=rf"^{name} must be \(.*\) = \(.*\), got \(.*\)$"):
+        bidirectional_scan(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    (
+        ("delta", r"delta must be \(b, d, l\) = \(2, 8, 7\), got \(2, 8, 6\)"),
+        ("B", r"B must be \(b, n, l\) = \(2, 4, 7\), got \(2, 4, 6\)"),
+        ("C", r"C must be \(b, n, l\)"),
+        ("D", r"D must be \(d\) = \(8,\), got \(7,\)"),
+        ("z", r"z must be \(b, d, l\)"),
+        ("delta_bias", r"delta_bias must be \(d\)"),
+    ),
+)
+def test_wrong_shape_names_the_argument_of_the_selective_scan(name, message):
+    inputs = selective_inputs(2, 7, 8, 4)
+    inputs[name] = inputs[name][..., 1:]
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**inputs)
+
+
+def test_psi_needs_nu_and_both_their_shape():
+    inputs = bidirectional_inputs(2, 7, 8, 4)
+    with pytest.raises(ValueError, match="psi and nu must be given together"):
+        bidirectional_scan(**inputs, psi=torch.ones(2))
+    with pytest.raises(ValueError, match=r"nu must be \(b\) = \(2,\), got \(3,\)"):
+        bidirectional_scan(**inputs, psi=torch.ones(2), nu=torch.ones(3))
+
+
+def test_no_token_and_integers_are_errors():
+    inputs = selective_inputs(2, 7, 8, 4)
+    with pytest.raises(ValueError, match="at least one token"):
+        selective_scan(**{name: x[..., :0] if x.dim() == 3 else x for name, x in inputs.items()})
+    with pytest.raises(ValueError, match="floating dtype"):
+        selective_scan(**inputs | {"u": inputs["u"].long()})
+
+
+# opcheck reads .grad of tensors that it computed itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    inputs = {name: x.requires_grad_() for name, x in bidirectional_inputs(1, 66, 5, 3).items()}
+    mix = mixing(1)
+    arguments = (*inputs.values(), mix["psi"], mix["nu"], backend)
+    torch.library.opcheck(torch.ops.semivim.bidirectional_scan.default, arguments)
+    x = {name: x.requires_grad_() for name, x in selective_inputs(1, 66, 5, 3).items()}
+    rows = {name: x[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in ("u", "delta", "B", "C")}
+    arguments = (rows["u"], rows["delta"], x["A"], rows["B"], rows["C"], x["D"], None, x["delta_bias"])
+    torch.library.opcheck(torch.ops.semivim.selective_scan.default, (*arguments, True, True, backend))
+
+
+def test_fake_and_real_outputs_agree_on_meta():
+    inputs = {name: x.to("meta") for name, x in bidirectional_inputs(2, 70, 8, 4).items()}
+    out = bidirectional_scan(**inputs)
+    assert out.device.type == "meta"
+    assert out.shape == (2, 70, 8)
+
+
+class Scans(nn.Module):
+    """Both scans as a model calls them."""
+
+    def __init__(self, mixed: bool = False, d: int = 6, n: int = 3) -> None:
+        super().__init__()
+        self.mixed = mixed
+        self.A = nn.Parameter(-torch.rand(d, n))
+        self.D = nn.Parameter(torch.randn(d))
+        self.bc = nn.Linear(d, 2 * n)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bc = self.bc(x)
+        psi: torch.Tensor | None = None
+        if self.mixed:
+            psi = x.mean((1, 2))
+        y = bidirectional_scan(x, x, x, x, bc, bc, x, self.A, self.A, self.D, self.D, self.D, self.D, psi, psi)
+        B, C = bc.transpose(1, 2).chunk(2, 1)
+        t = y.transpose(1, 2)
+        return selective_scan(t, t, self.A, B, C, self.D, delta_softplus=True).transpose(1, 2)
+
+
+def same_as_eager(transformed, module, *arguments):
+    eager, other = module(*arguments), transformed(*arguments)
+    assert_close("out", other, eager, "float32")
+    weights = list(module.parameters())
+    expected = torch.autograd.grad(eager.square().sum(), weights)
+    for k, (a, b) in enumerate(zip(torch.autograd.grad(other.square().sum(), weights), expected, strict=True)):
+        assert_close(f"weight {k}", a, b, "float32")
+
+
+@pytest.mark.parametrize("mixed", (False, True))
+def test_compiles_into_one_graph(mixed):
+    module = Scans(mixed)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for l in (9, 70):
+        same_as_eager(compiled, module, torch.randn(2, l, 6))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler on a CPU")
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_with_inductor():
+    module = Scans()
+    same_as_eager(torch.compile(module, fullgraph=True), module, torch.randn(2, 70, 6))
+
+
+def test_exports():
+    module, x = Scans(), torch.randn(2, 70, 6)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(module, (x,), dynamic_shapes={"x": {1: tokens}})
+    for l in (70, 9):
+        x = torch.randn(2, l, 6)
+        assert torch.equal(program.module()(x), module(x))
+
+
+@no_jit_warning
+@pytest.mark.parametrize("mixed", (False, True))
+def test_scripts_and_traces(mixed):
+    module, x = Scans(mixed), torch.randn(2, 9, 6)
+    graph = torch.fx.symbolic_trace(module)
+    for transformed in (torch.jit.script(module), graph, torch.jit.script(graph)):
+        same_as_eager(transformed, module, x)
+    with use_backend("reference"):
+        assert_close("backend inside the script", torch.jit.script(module)(x), module(x), "float64")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_scan_alone(backend):
+    module, x = Scans(), torch.randn(2, 30, 6)
+    with use_backend(backend):
+        exact = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = module(x)
+    assert rough.dtype == torch.float32  # of u; only the projection is rounded
+    assert_close("out", rough, exact, "bfloat16")
+    assert not torch.equal(rough, exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_after_each_chunk(backend):
+    chunk = scan_reference.CHUNK
+    x = bidirectional_inputs(1, 2 * chunk + 1, 4, 3)
+    op = torch.ops.semivim.bidirectional_scan
+    _, states = op(*x.values(), None, None, backend)
+    states = states.view(1, 2, 3, 3, 4)
+    # The last token ends a scan of its own, cut where the second chunk ends: its state is the stored one.
+    short = {name: t[:, : 2 * chunk] if t.dim() == 3 else t for name, t in x.items()}
+    C = torch.eye(3)
+    for s in range(3):
+        short["bc"] = torch.cat((short["bc"][..., :3], C[s].expand(1, 2 * chunk, 3)), -1)
+        read = selective_scan(
+            *(short[name].transpose(1, 2) for name in ("u", "delta")),
+            short["A"],
+            *short["bc"].transpose(1, 2).chunk(2, 1),
+            delta_bias=short["delta_bias"],
+            delta_softplus=True,
+            backend="reference",
+        )
+        assert_close("state", states[0, 0, 1, s], read[0, :, -1])
