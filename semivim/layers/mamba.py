@@ -12,10 +12,29 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from semivim.ops import onnx_graph
 from semivim.ops.causal_conv import bidirectional_conv
 from semivim.ops.scan import bidirectional_scan, selective_scan
 
 SSMIXUP_C = ("own", "fwd", "bwd", "mean")
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor) -> tuple[Tensor, Tensor]:
+    """`bidirectional_conv`; while the ONNX exporter traces, torch operations that it can translate."""
+    # Nested, as TorchScript compiles what stands behind an `and`.
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if torch.onnx.is_in_onnx_export():
+            return onnx_graph.bidirectional_conv(x, weight, bias, weight_b, bias_b)
+    return bidirectional_conv(x, weight, bias, weight_b, bias_b)
+
+
+def scan(operands: list[Tensor], psi: Tensor | None, nu: Tensor | None) -> Tensor:
+    """`bidirectional_scan` of its thirteen operands; while the ONNX exporter traces, one Scan node."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if torch.onnx.is_in_onnx_export():
+            return onnx_graph.bidirectional_scan(*operands, psi, nu)
+    u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b = operands
+    return bidirectional_scan(u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b, psi, nu)
 
 
 @register_notrace_function
@@ -174,7 +193,7 @@ class BidirectionalMamba(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)
         conv_bias, conv_bias_b = self.conv1d.bias, self.conv1d_b.bias
         assert conv_bias is not None and conv_bias_b is not None
-        u, u_b = bidirectional_conv(u, self.conv1d.weight, conv_bias, self.conv1d_b.weight, conv_bias_b)
+        u, u_b = convolve(u, self.conv1d.weight, conv_bias, self.conv1d_b.weight, conv_bias_b)
         r = self.dt_rank
         dbc, dbc_b = self.x_proj(u), self.x_proj_b(u_b)  # [dt | B | C]
         bc, bc_b = dbc[..., r:], dbc_b[..., r:]
@@ -184,8 +203,6 @@ class BidirectionalMamba(nn.Module):
         A, A_b = decay_rate(self.A_log), decay_rate(self.A_b_log)
         bias, bias_b = self.dt_proj.bias, self.dt_proj_b.bias
         psi_own, nu_own = readout_weights(self.ssmixup_c, psi, nu)
-        y = bidirectional_scan(
-            u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, self.D, self.D_b, bias, bias_b, psi_own, nu_own
-        )
+        y = scan([u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, self.D, self.D_b, bias, bias_b], psi_own, nu_own)
         y = add_crossed_readout(y, self.ssmixup_c, [u, delta, bc, A, bias], [u_b, delta_b, bc_b, A_b, bias_b], psi, nu)
         return self.out_proj(y)
