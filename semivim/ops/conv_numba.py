@@ -15,6 +15,11 @@ from .vector_numba import BFLOAT16, FLOAT32, LANES
 __all__ = ["bidirectional_conv_backward", "bidirectional_conv_forward", "unavailable"]
 
 
+def ring_size(taps: int) -> int:
+    """Return the smallest power of two that holds the taps."""
+    return 1 << (taps - 1).bit_length()
+
+
 class _Launch:
     """A call's record, and the tensors whose addresses it holds."""
 
@@ -27,7 +32,7 @@ class _Launch:
         self.taps, lanes = weight.shape[2], -(-channels // LANES) * LANES
         blocks = -(-channels // kernels.BLOCK)
         sizes = {"tokens": tokens, "channels": channels, "lanes": lanes, "blocks": blocks, "taps": self.taps}
-        for field, value in {**sizes, "ring": 1 << (self.taps - 1).bit_length(), "size": self.dtype.itemsize}.items():
+        for field, value in {**sizes, "ring": ring_size(self.taps), "size": self.dtype.itemsize}.items():
             self.call[field] = value
         self.tasks = images * blocks
         weights = weight.new_zeros(2, self.taps + 1, lanes, dtype=torch.float32)

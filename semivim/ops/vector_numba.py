@@ -22,9 +22,18 @@ LANES = 16
 WIDTH = 4 * LANES  # bytes
 FLOAT32, BFLOAT16 = np.float32(0), np.uint16(0)  # their numba types say what lies in memory
 LOG2_E = 1.4426950408889634
-# A field name for the records that kernels take: numba's cache looks at a kernel's own file and argument types, so this
-# makes an edit to any kernel file miss the cache.
-SOURCE = f"source_{zlib.crc32(b''.join(p.read_bytes() for p in sorted(Path(__file__).parent.glob('*_numba.py'))))}"
+
+
+def sources_field() -> str:
+    """Return a field name for the records that kernels take.
+
+    Numba's cache looks at a kernel's own file and argument types; this makes an edit to any kernel file miss it.
+    """
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*_numba.py")))
+    return f"source_{zlib.crc32(sources)}"
+
+
+SOURCE = sources_field()
 _FLOAT, _INT, _HALF, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
 _FLOATS, _INTS, _HALVES = (ir.VectorType(element, LANES) for element in (_FLOAT, _INT, _HALF))
 _BITS = ir.VectorType(ir.IntType(1), LANES)

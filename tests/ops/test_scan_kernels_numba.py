@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from semivim.ops import bidirectional_scan
+from semivim.ops import scan_kernels_numba as kernels
+from tests.ops.scan_cases import bidirectional_inputs, run
+
+
+@pytest.mark.parametrize("scratch", (kernels.forward_scratch, kernels.backward_scratch))
+@pytest.mark.parametrize("directions", (1, 2))
+def test_scratch_fields_are_whole_vectors_and_known(scratch, directions):
+    for tokens in (1, 64, 197):
+        sizes = scratch(tokens, 4, directions)
+        assert set(sizes) <= set(kernels.PLACE.names)
+        assert all(size % kernels.WIDTH == 0 for size in sizes.values())
+
+
+def test_scratch_of_a_chunk_does_not_grow_with_tokens():
+    for scratch in (kernels.forward_scratch, kernels.backward_scratch):
+        assert scratch(100, 4, 1) == scratch(10_000, 4, 1)
+
+
+def test_compiled_loops_keep_to_vectors():
+    run(bidirectional_scan, bidirectional_inputs(1, 2, 2, 2), backend="numba")
+    for kernel in (kernels.forward, kernels.backward):
+        assembly = next(iter(kernel.inspect_asm().values()))
+        assert "exp2f" not in assembly
+        assert "expf" not in assembly
+
+
+def test_channels_do_not_share_anything_but_weights_of_tokens():
+    # A change of one channel's input reaches that channel's output only, in any group and block.
+    d = 2 * kernels.BLOCK + 5
+    inputs = bidirectional_inputs(1, 70, d, 3)
+    out = bidirectional_scan(**inputs, backend="numba")
+    for channel in (0, 15, 16, kernels.BLOCK - 1, kernels.BLOCK, d - 1):
+        changed = inputs | {"u": inputs["u"].clone()}
+        changed["u"][:, 0, channel] += 1
+        different = (bidirectional_scan(**changed, backend="numba") != out).any(1)[0].nonzero().flatten()
+        assert torch.equal(different, torch.tensor([channel]))
