@@ -65,6 +65,7 @@ def _pull(name: str, token: str = "hf_write") -> Answer:
 def test_push_and_pull_by_name_tag_and_commit(hub: HubServer, repo: str, run_dir: Path, tmp_path: Path) -> None:
     first = _publish(run_dir, repo, tag="v1")
     assert first.result, first.stderr
+    assert f"GET /{repo}/resolve/v1/config.json" in hub.requests
     other = write_run(tmp_path)
     _shift_weights(other, 0.5)
     second = _publish(other, repo)
@@ -147,6 +148,17 @@ def test_changed_upload_is_noticed(hub: HubServer, repo: str, run_dir: Path) -> 
     hub.fault = Fault("POST .*commit", "swap")
     answer = _publish(run_dir, repo)
     assert "config.json at" in answer.line and "SHA-256" in answer.line
+
+
+def test_other_logits_after_the_download_are_noticed(repo: str, run_dir: Path) -> None:
+    code = (
+        "import torch\nfrom semivim.utils import hub\n"
+        "right, answers = hub._logits, iter([torch.zeros(2, 5), torch.full((2, 5), 1e-7)])\n"
+        "hub._logits = lambda model, images: next(answers)\n"
+        "try:\n    hub.publish(run, repo)\n"
+        "finally:\n    hub._logits = right"
+    )
+    assert "give other logits" in shared_client().run(code, run=str(run_dir), repo=repo).line
 
 
 def test_bad_run_folder(tmp_path: Path, repo: str) -> None:

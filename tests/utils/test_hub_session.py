@@ -125,6 +125,7 @@ def test_session_restores_the_client_and_the_log_level() -> None:
         "from huggingface_hub.utils import _http, logging\n"
         "from semivim.utils.hub_session import hub_session\n"
         "state = lambda: (_http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity())\n"
+        "logging.set_verbosity_warning()\n"
         "before = state()\n"
         "with hub_session('a/b'):\n    inside = state()\n"
         "result = [before == state(), before[0] is inside[0]]"
