@@ -464,7 +464,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             )
             best, best_epoch = saver.save_checkpoint(epoch, metric)
             if best_epoch == epoch:
-                save_model(task.trainable_module_ema.module, folder, class_names)
+                save_model(task.trainable_module_ema.module, folder, class_names, data_config)
     log.close()
     if not teacher:  # resumed at its end
         student = evaluate(task.get_eval_model(), eval_loader, num_classes, device, autocast, counts)

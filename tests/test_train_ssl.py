@@ -84,6 +84,7 @@ def test_teacher_loads_into_timm(whole):
     hub = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     image = torch.randn(2, *hub.pretrained_cfg["input_size"])
     assert torch.equal(model(image), hub(image))
+    assert list(hub.pretrained_cfg["mean"]) == train_ssl.DEMO["mean"]
     assert hub.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
 
 

@@ -100,7 +100,12 @@ def load_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return checkpoint
 
 
-def save_model(model: nn.Module, folder: Path, label_names: Sequence[str] | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    label_names: Sequence[str] | None = None,
+    data_config: dict[str, Any] | None = None,
+) -> None:
     """Write model.safetensors and config.json into a folder, each whole or not at all.
 
     ``timm.create_model(NAME, checkpoint_path=FOLDER/model.safetensors)`` and ``local-dir:FOLDER`` load them.
@@ -109,10 +114,12 @@ def save_model(model: nn.Module, folder: Path, label_names: Sequence[str] | None
         model: A model made by timm's registry.
         folder: An existing folder.
         label_names: Names of the classes; left out where their number is not the model's.
+        data_config: Preprocessing that the model was evaluated with (timm's ``resolve_input_data_config``); None takes
+            the architecture's.
     """
     config = {"label_names": list(label_names)} if label_names and len(label_names) == model.num_classes else None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
-        save_for_hf(model, temporary, model_config=config, safe_serialization=True)
+        save_for_hf(model, temporary, model_config=config, safe_serialization=True, data_config=data_config)
         for name in ("model.safetensors", "config.json"):
             _flush(Path(temporary) / name)
             os.replace(Path(temporary) / name, folder / name)
