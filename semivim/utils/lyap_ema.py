@@ -9,11 +9,12 @@ V, and the test of V is decided before the teacher is written.
 import logging
 import math
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
 
 _logger = logging.getLogger(__name__)
@@ -39,9 +40,9 @@ class LyapStats(NamedTuple):
     """What one update did; plain numbers, nan where the mode does not measure them.
 
     ``alpha`` is the decay used, ``v`` and ``v_prev`` are V_t and V_{t-1}, ``bound`` is what V was held to, ``distance``
-    is d, ``pull`` is lambda (in the projecting modes the one that the projection amounts to, 1/c - 1), ``lr_scale`` is
-    the product of the halvings of mode ``literal``, ``violated`` says that V failed its test, ``skipped`` that student
-    and teacher were left alone.
+    is d, ``teacher_norm`` the norm of the teacher's weights, ``pull`` is lambda (in the projecting modes the one that
+    the projection amounts to, 1/c - 1), ``lr_scale`` is the product of the halvings of mode ``literal``, ``violated``
+    says that V failed its test, ``skipped`` that student and teacher were left alone.
     """
 
     alpha: float
@@ -56,6 +57,14 @@ class LyapStats(NamedTuple):
     skipped: bool
 
 
+class Pairs(NamedTuple):
+    """Trainable parameters of student and teacher in order, and those of the teacher that are weights."""
+
+    student: list[torch.Tensor]
+    teacher: list[torch.Tensor]
+    weights: list[torch.Tensor]
+
+
 def adaptive_decay(distance: float, gamma: float, min_decay: float, decay: float) -> float:
     """Decay min_decay + (decay - min_decay) (2 sigmoid(gamma distance) - 1); Eq. (9) when they are 0.5 and 1."""
     return min_decay + (decay - min_decay) * math.tanh(0.5 * gamma * distance)
@@ -67,7 +76,7 @@ def lyapunov_value(alpha: float, distance: float) -> float:
 
 
 def lyapunov_bound(v_prev: float, teacher_norm: float, radius: float) -> float:
-    """Largest V allowed: free inside the ball of relative radius ``radius`` around the teacher, falling outside it."""
+    """Largest V allowed: free inside a ball of ``radius`` times the norm of the teacher's weights, else falling."""
     return max((1.0 - V_DECREASE) * v_prev, 0.5 * (radius * teacher_norm) ** 2)
 
 
@@ -85,15 +94,17 @@ class LyapEmaV3(ModelEmaV3):
 
     What was measured on small semi-supervised runs: Algorithm 1 as printed (mode ``literal``) stops training within 20
     steps, as V starts at 0, can only fail its test and halves the learning rate without recovery. Stated as a trust
-    region (mode ``default``: V must fall whenever it lies outside a ball of relative radius ``v_radius`` around the
-    teacher, inside it may grow up to the ball) it turns collapses into recoveries and changes nothing in calm training.
+    region (mode ``default``: V must fall whenever it lies outside a ball of radius ``v_radius`` times the norm of the
+    teacher's weights, inside it may grow up to the ball) it turns collapses into recoveries and changes nothing in calm
+    training. Weights are what weight decay acts on. With the norm of all parameters the ball means nothing for a Vim:
+    A_log, the step sizes' biases and the gains are 98 % of that norm's square, and the guard let a Vim collapse.
 
     Modes are presets; an option left at None takes the mode's value, one that the mode does not use is refused:
 
     ============== ===================================================================================================
     default        alpha from d over its running mean, in [min_decay, decay] = [0.99, 0.9999], gamma 3, under the
                    warm-up's cap; guard at v_radius 0.2. Runs under 5,000 updates: decay 0.999, min_decay 0.9.
-    paper_stable   Eq. (9) on d / ||T||, gamma 50; guard at v_radius 0.1.
+    paper_stable   Eq. (9) on d over the norm of the teacher's weights, gamma 50; guard at v_radius 0.1.
     literal        Algorithm 1 as printed: Eq. (9) on d, explicit pull of Eq. (8), one recomputation with half the
                    learning rate and lambda + pull_step when V does not fall. For study; needs :meth:`attach`.
     ema            ModelEmaV3 to the bit, its copy of the student at ``step=1`` included.
@@ -123,7 +134,7 @@ class LyapEmaV3(ModelEmaV3):
         exclude_buffers: As in ModelEmaV3.
         mode: ``default``, ``paper_stable``, ``literal`` or ``ema``.
         gamma: Sensitivity of alpha to the distance.
-        v_radius: Radius of the ball in which V is free, relative to the teacher's norm.
+        v_radius: Radius of the ball in which V is free, relative to the norm of the teacher's weights.
         pull: Initial lambda of mode ``literal``.
         pull_step: Growth of lambda at each violation in mode ``literal``.
         on_nonfinite: ``raise`` or ``skip`` when the student is not finite; both leave student and teacher alone.
@@ -188,6 +199,10 @@ class LyapEmaV3(ModelEmaV3):
             exclude_buffers=exclude_buffers,
         )
         self.mode = mode
+        self._is_weight = _weights(unwrap_model(model))
+        trainable = [p.requires_grad for p in model.parameters()]
+        if mode != "ema" and not any(a and b for a, b in zip(self._is_weight, trainable, strict=True)):
+            raise ValueError("model has no trainable weight of two or more dimensions that weight decay may act on")
         self.gamma = options["gamma"]
         self.v_radius = options["v_radius"]
         self.pull_step = options["pull_step"]
@@ -257,10 +272,15 @@ class LyapEmaV3(ModelEmaV3):
         if self.mode == "ema":
             super().update(model, step)
             return self._unchanged()._replace(alpha=self.get_decay(step), skipped=False)
-        pairs = [(s, t) for s, t in zip(model.parameters(), self.module.parameters(), strict=True) if s.requires_grad]
-        student: list[torch.Tensor] = [s for s, _ in pairs]
-        teacher: list[torch.Tensor] = [t for _, t in pairs]
-        stats = (self._literal if self.mode == "literal" else self._project)(student, teacher, self.get_decay(step))
+        triples = zip(model.parameters(), self.module.parameters(), self._is_weight, strict=True)
+        pairs = Pairs([], [], [])
+        for s, t, is_weight in triples:
+            if s.requires_grad:
+                pairs.student.append(s)
+                pairs.teacher.append(t)
+                if is_weight:
+                    pairs.weights.append(t)
+        stats = (self._literal if self.mode == "literal" else self._project)(pairs, self.get_decay(step))
         if stats.skipped:
             return stats
         if self.exclude_buffers:
@@ -299,9 +319,9 @@ class LyapEmaV3(ModelEmaV3):
             scaled = distance / ref if ref > 0.0 else 0.0
         return min(adaptive_decay(scaled, self.gamma, self.min_decay, self.decay), cap)
 
-    def _project(self, student: list[torch.Tensor], teacher: list[torch.Tensor], cap: float) -> LyapStats:
+    def _project(self, pairs: Pairs, cap: float) -> LyapStats:
         """Hold V to its bound by moving the student towards the teacher."""
-        distance, norm = self._measure(student, teacher)
+        distance, norm = self._measure(pairs)
         if not (math.isfinite(distance) and math.isfinite(norm)):
             return self._nonfinite(distance, norm)
         bound = lyapunov_bound(self.v, norm, self.v_radius)
@@ -312,7 +332,7 @@ class LyapEmaV3(ModelEmaV3):
             c = projection_factor(bound, alpha, distance)
             distance *= c
             alpha = self._alpha(distance, norm, cap)
-            self._pull(student, teacher, 1.0 - c)
+            self._pull(pairs.student, pairs.teacher, 1.0 - c)
         return LyapStats(
             alpha=alpha,
             v=lyapunov_value(alpha, distance),
@@ -326,21 +346,21 @@ class LyapEmaV3(ModelEmaV3):
             skipped=False,
         )
 
-    def _literal(self, student: list[torch.Tensor], teacher: list[torch.Tensor], cap: float) -> LyapStats:
+    def _literal(self, pairs: Pairs, cap: float) -> LyapStats:
         """Algorithm 1 as printed, recomputing once; the optimizer's displacement is linear in the learning rate."""
         if self._optimizer is None:
             raise RuntimeError("mode 'literal' needs attach(optimizer, model) before training")
-        after, v_prev, shrink = [s.clone() for s in student], self.v, 1.0
-        distance, norm = self._place(student, after, teacher, shrink)
+        after, v_prev, shrink = [s.clone() for s in pairs.student], self.v, 1.0
+        distance, norm = self._place(pairs, after, shrink)
         alpha = self._alpha(distance, norm, cap)
         violated = lyapunov_value(alpha, distance) >= v_prev
         if violated:
             shrink = 0.5
             self.pull += self.pull_step
-            distance, norm = self._place(student, after, teacher, shrink)
+            distance, norm = self._place(pairs, after, shrink)
             alpha = self._alpha(distance, norm, cap)
         if not (math.isfinite(distance) and math.isfinite(norm)):
-            torch._foreach_copy_(student, after)
+            torch._foreach_copy_(pairs.student, after)
             self.pull -= self.pull_step * violated
             return self._nonfinite(distance, norm)
         self.lr_scale *= shrink
@@ -350,29 +370,26 @@ class LyapEmaV3(ModelEmaV3):
         v = lyapunov_value(alpha, distance)
         return LyapStats(alpha, v, v_prev, v_prev, distance, norm, self.pull, self.lr_scale, violated, False)
 
-    def _place(
-        self, student: list[torch.Tensor], after: list[torch.Tensor], teacher: list[torch.Tensor], shrink: float
-    ) -> tuple[float, float]:
+    def _place(self, pairs: Pairs, after: list[torch.Tensor], shrink: float) -> tuple[float, float]:
         """Write Eq. (8) with the right-hand side at t-1, the step scaled by ``shrink``; measure the result."""
-        for s, s0, u, t in zip(student, self._before, after, teacher, strict=True):
+        for s, s0, u, t in zip(pairs.student, self._before, after, pairs.teacher, strict=True):
             s.copy_(s0 + shrink * (u - s0) + self.pull * (t - s0))
-        return self._measure(student, teacher)
+        return self._measure(pairs)
 
-    def _measure(self, student: list[torch.Tensor], teacher: list[torch.Tensor]) -> tuple[float, float]:
-        """||student - teacher|| and ||teacher||, with one host sync, equal on all ranks."""
-        differences: list[torch.Tensor] = []
+    def _measure(self, pairs: Pairs) -> tuple[float, float]:
+        """||student - teacher|| and the norm of the teacher's weights, with one host sync, equal on all ranks."""
         norms: list[torch.Tensor] = []
-        for chunk in _chunks(student, teacher):
-            wide_student, wide_teacher = [_wide(s) for s, _ in chunk], [_wide(t) for _, t in chunk]
+        for student, teacher in _chunks(pairs):
             if self.foreach:
-                differences.extend(torch._foreach_norm(torch._foreach_sub(wide_student, wide_teacher)))
-                norms.extend(torch._foreach_norm(wide_teacher))
+                norms.extend(torch._foreach_norm(torch._foreach_sub(student, teacher)))
             else:
-                differences.extend(
-                    torch.linalg.vector_norm(s - t) for s, t in zip(wide_student, wide_teacher, strict=True)
-                )
-                norms.extend(torch.linalg.vector_norm(t) for t in wide_teacher)
-        scalars = torch.stack([_total(differences), _total(norms)])
+                norms.extend(torch.linalg.vector_norm(s - t) for s, t in zip(student, teacher, strict=True))
+        weights = [_wide(w) for w in pairs.weights]
+        if self.foreach:
+            weight_norms = list(torch._foreach_norm(weights))
+        else:
+            weight_norms = [torch.linalg.vector_norm(w) for w in weights]
+        scalars = torch.stack([_total(norms), _total(weight_norms)])
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(scalars, src=0)
         distance, norm = scalars.tolist()
@@ -412,25 +429,33 @@ class LyapEmaV3(ModelEmaV3):
             )
 
 
-def _chunks(
-    student: list[torch.Tensor], teacher: list[torch.Tensor]
-) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Runs of neighbouring tensors whose difference is small beside the model."""
-    limit = CPU_CHUNK_NUMEL if teacher[0].device.type == "cpu" else CHUNK_NUMEL
-    chunk, numel = [], 0
-    for pair in zip(student, teacher, strict=True):
-        chunk.append(pair)
-        numel += pair[0].numel()
+def _chunks(pairs: Pairs) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Runs of neighbouring parameters whose difference is small beside the model."""
+    limit = CPU_CHUNK_NUMEL if pairs.teacher[0].device.type == "cpu" else CHUNK_NUMEL
+    student, teacher, numel = [], [], 0
+    for s, t in zip(pairs.student, pairs.teacher, strict=True):
+        student.append(_wide(s))
+        teacher.append(_wide(t))
+        numel += s.numel()
         if numel >= limit:
-            yield chunk
-            chunk, numel = [], 0
-    if chunk:
-        yield chunk
+            yield student, teacher
+            student, teacher, numel = [], [], 0
+    if student:
+        yield student, teacher
 
 
 def _total(norms: list[torch.Tensor]) -> torch.Tensor:
     """Norm of all tensors together."""
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _weights(model: nn.Module) -> list[bool]:
+    """Which parameters weight decay acts on: matrices, but not those that the model takes out, such as A_log."""
+    listed: Any = getattr(model, "no_weight_decay", set)
+    kept_out: set[str] = listed()
+    return [
+        p.ndim > 1 and not any(fnmatch(name, pattern) for pattern in kept_out) for name, p in model.named_parameters()
+    ]
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ def test_update_keeps_the_identities_of_the_algorithm(mode: str) -> None:
         assert stats.alpha == pytest.approx(expected, rel=1e-9)
         ref = 0.99 * ref + 0.01 * stats.distance
         if mode in PROJECTING:
-            norm = math.sqrt(sum(t.double().square().sum().item() for t in teacher_before))
+            norm = math.sqrt(sum(t.double().square().sum().item() for t in teacher_before if t.ndim > 1))
             bound = max((1 - 1e-3) * v_prev, 0.5 * (ema.v_radius * norm) ** 2)
             assert stats.bound == pytest.approx(bound, rel=1e-5)
             assert stats.v <= (1 + 1e-5) * bound
@@ -123,6 +123,32 @@ def test_guard_moves_the_student_along_the_line_to_its_teacher() -> None:
         {k: v for k, v in model[1].state_dict().items() if "running" in k or "num" in k},
         {k: v for k, v in buffers.items() if "running" in k or "num" in k},
     )
+
+
+class WithConstants(nn.Module):
+    """A weight beside parameters whose size says nothing on how far the function may move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.A_log = nn.Parameter(torch.full((50, 50), 3.0))
+        self.gain = nn.Parameter(torch.full((100,), 5.0))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"*A_log"}
+
+
+def test_ball_is_relative_to_what_weight_decay_acts_on() -> None:
+    model = WithConstants()
+    ema = LyapEmaV3(model)
+    norm = model.weight.norm().item()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    stats = ema.update(model)
+    assert stats.teacher_norm == pytest.approx(norm)
+    assert stats.violated
+    assert stats.alpha * stats.distance == pytest.approx(0.2 * norm)
 
 
 def test_calm_training_is_left_alone() -> None:

@@ -273,3 +273,8 @@ def test_cuda_agrees_with_the_cpu(mode: str) -> None:
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for a, b in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_model_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trainable weight"):
+        LyapEmaV3(nn.LayerNorm(4))
