@@ -57,11 +57,16 @@ from semivim.data import (
 )
 from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_flags import add_semi_supervised_flags
-from semivim.task.train_step import summarise, train_step
+from semivim.task.train_step import accumulate, summarise, train_step
 from semivim.utils import train_flags
 from semivim.utils.checkpoint import AtomicCheckpointSaver, load_training_checkpoint, save_model, write_text
 from semivim.utils.metrics import evaluate
 from semivim.utils.report import RunLog, results_table, save_curves
+
+try:
+    import wandb
+except ImportError:
+    wandb = None
 
 _logger = logging.getLogger("train")
 
@@ -132,6 +137,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(given) != 1:
         wanted = "give one of --label-fraction, --labels-per-class, --imb-n1 or --labeled-list"
         parser.error(f"{wanted}, got {' and '.join(given) or 'none'}")
+    if args.log_wandb and wandb is None:
+        parser.error("--log-wandb: wandb is not installed: pip install 'semivim[logging]'")
     if args.resume == "auto" and not args.experiment:
         parser.error("--resume auto: needs --experiment to know which run to look for")
     return args
@@ -160,15 +167,11 @@ def read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | 
 
 def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[ImageSource, ImageSource, LabelSplit]:
     """Open training and validation images and draw the label split, or read back the one of a resumed run."""
-    options = {
-        "class_map": args.class_map,
-        "download": args.dataset_download,
-        "input_img_mode": args.input_img_mode,
-        "input_key": args.input_key,
-        "target_key": args.target_key,
-        "trust_remote_code": args.dataset_trust_remote_code,
-    }
+    options = {"class_map": args.class_map, "download": args.dataset_download, "input_img_mode": args.input_img_mode}
+    options |= {"input_key": args.input_key, "target_key": args.target_key}
     options = {key: value for key, value in options.items() if value}
+    if args.dataset_trust_remote_code:
+        options["trust_remote_code"] = True
     source = open_source(args.dataset, args.data_dir, args.train_split, args.num_classes, **options)
     val_source = open_source(args.dataset, args.data_dir, args.val_split, args.num_classes, **options)
     num_classes = args.num_classes or max(source.num_classes, val_source.num_classes)
@@ -264,15 +267,6 @@ def create_views(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple
     return Views(labelled, weak, strong), evaluation
 
 
-def scaled_lr(args: argparse.Namespace, world_size: int) -> float:
-    """Learning rate: ``--lr``, or timm's ``--lr-base`` scaled by the global labelled batch."""
-    if args.lr is not None:
-        return args.lr
-    ratio = args.batch_size * args.grad_accum_steps * world_size / args.lr_base_size
-    scale = args.lr_base_scale or ("sqrt" if any(o in args.opt.lower() for o in ("ada", "lamb")) else "linear")
-    return args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
-
-
 def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     """Mixup of the labelled batch, None where the flags leave it off."""
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
@@ -308,6 +302,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     for module in args.device_modules or []:
         importlib.import_module(module)
     checkpoint = read_checkpoint(args, folder)
+    if not checkpoint and (folder / "last.pth.tar").exists():
+        raise ValueError(f"{folder} holds a run already: add --resume auto to go on, or name another --experiment")
 
     # Data
     source, val_source, split = open_data(args, folder if checkpoint else None)
@@ -334,7 +330,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     accum = args.grad_accum_steps
     unlabelled_step = args.unlabeled_ratio * args.batch_size * args.world_size * accum
     epoch_updates = args.train_batches_per_epoch or max(1, len(split.unlabelled) // unlabelled_step)
-    args.lr = scaled_lr(args, args.world_size)
+    args.lr = train_flags.scaled_lr(args, args.batch_size * accum * args.world_size)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=epoch_updates)
     amp_dtype = getattr(torch, args.amp_dtype)
@@ -405,6 +401,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         )
         if checkpoint and "saver" in checkpoint:
             saver.load_state_dict(checkpoint["saver"])
+        if args.log_wandb:
+            wandb.init(project=args.wandb_project, name=folder.name, config=config)
         trim_summary(summary, start_epoch)
         log = RunLog(folder, total_updates, task.num_updates)
         log.say(f"{folder}: {args.model}, {args.ssl_method}, pseudo-mixup {args.pseudo_mixup}, {device}")
@@ -418,6 +416,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     teacher: dict[str, Any] = {}
     for epoch in range(start_epoch, epochs):
         task.train()
+        epoch_sums: dict[str, torch.Tensor] = {}
         if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             mixup.mixup_enabled = False
         while task.num_updates < (epoch + 1) * epoch_updates:
@@ -436,8 +435,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             optimizer.zero_grad()
             if args.sched_on_updates:
                 scheduler.step_update(task.num_updates)
-            for key, value in step_sums.items():
-                sums[key] = sums[key] + value if key in sums else value
+            accumulate(sums, step_sums)
+            accumulate(epoch_sums, step_sums)
             log.step((1 + ratio) * args.batch_size * accum * args.world_size)
             if task.num_updates % args.log_interval == 0:
                 log.record({"lr": optimizer.param_groups[0]["lr"], **summarise(sums, task), "skipped": num_skipped})
@@ -446,24 +445,21 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 saver.save_recovery(epoch, task.num_updates)
 
         metric = None
+        row = {"student_top1": None, "top1": None, "top5": None, "balanced_acc": None, "worst_class_recall": None}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             student = evaluate(task.get_eval_model(), eval_loader, num_classes, device, autocast, counts)
             teacher = evaluate(task.get_eval_model(ema=True), eval_loader, num_classes, device, autocast, counts)
             metric = teacher[args.eval_metric]
+            row = {name: teacher.get(name, student["top1"]) for name in row}
             log.record({"student_top1": student["top1"], "teacher_top1": teacher["top1"]})
         scheduler.step(epoch + 1, metric)
         if saver:
-            names = ("top1", "top5", "balanced_acc", "worst_class_recall")
-            row = {name: teacher.get(name) for name in names} | {"student_top1": student.get("top1")}
-            update_summary(
-                epoch,
-                summarise(step_sums, task),
-                row if metric is not None else None,
-                summary,
-                lr=optimizer.param_groups[0]["lr"],
-            )
-            best, best_epoch = saver.save_checkpoint(epoch, metric)
-            if best_epoch == epoch:
+            means = summarise(epoch_sums, task)
+            columns = {name: means.get(name) for name in ("loss_labelled", "loss_unlabelled", "kept_share", "alpha")}
+            lr = optimizer.param_groups[0]["lr"]
+            update_summary(epoch, columns, row, summary, lr=lr, log_wandb=args.log_wandb)
+            if saver.save_checkpoint(epoch, metric)[1] == epoch:
+                write_text(folder / "best.json", json.dumps({"epoch": epoch, **teacher}))
                 save_model(task.trainable_module_ema.module, folder, class_names, data_config)
     log.close()
     if not teacher:  # resumed at its end
@@ -474,7 +470,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     results = {
         "student": student,
         "teacher": teacher,
-        "best": {"epoch": saver.best_epoch, args.eval_metric: saver.best_metric} if saver else {},
+        "best": json.loads((folder / "best.json").read_text()) if saver else {},
         "class_names": class_names,
         "split": {
             "sha256": split.sha256,

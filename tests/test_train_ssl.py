@@ -61,6 +61,8 @@ def test_run_folder_holds_everything(whole):
     assert stored["teacher"]["top1"] == results["teacher"]["top1"]
     assert stored["split"]["num_labelled"] == 40
     assert stored["updates"] == 6
+    assert stored["best"]["top1"] == torch.load(folder / "model_best.pth.tar", weights_only=False)["metric"]
+    assert len(stored["best"]["per_class_recall"]) == 10
     assert [int(row["epoch"]) for row in csv.DictReader((folder / "summary.csv").read_text().splitlines())] == [0, 1]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in records if "loss_labelled" in r]
@@ -86,6 +88,31 @@ def test_teacher_loads_into_timm(whole):
     assert torch.equal(model(image), hub(image))
     assert list(hub.pretrained_cfg["mean"]) == train_ssl.DEMO["mean"]
     assert hub.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
+
+
+def test_finished_folder_is_not_overwritten(whole):
+    folder, _ = whole
+    before = (folder / "last.pth.tar").read_bytes()
+    with pytest.raises(SystemExit, match="holds a run already"):
+        run(folder)
+    assert (folder / "last.pth.tar").read_bytes() == before
+
+
+def test_epochs_go_to_weights_and_biases_too(tmp_path, monkeypatch):
+    rows = []
+
+    class Wandb:
+        init = staticmethod(lambda **kwargs: rows.append(kwargs))
+        log = staticmethod(rows.append)
+
+    monkeypatch.setattr(train_ssl, "wandb", Wandb)
+    monkeypatch.setattr("timm.utils.summary.wandb", Wandb, raising=False)
+    run(tmp_path / "run", "--epochs", 1, "--ssl-method", "supervised", "--log-wandb", "--wandb-project", "p")
+    assert rows[0]["project"] == "p"
+    assert rows[1]["eval_top1"] >= 0.0
+    monkeypatch.setattr(train_ssl, "wandb", None)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other", "--log-wandb")
 
 
 def test_resume_at_an_epoch_equals_the_unbroken_run(whole, tmp_path):

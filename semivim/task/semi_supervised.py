@@ -1,6 +1,6 @@
 """The semi-supervised training step of Semi-ViM as a timm training task (Semi-ViM section 4.3)."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -42,6 +42,8 @@ class SemiSupervisedTask(TrainingTask):
 
     Source: Semi-ViM Eq. (12)-(21).
     """
+
+    trainable_module_ema: LyapEmaV3  # the teacher; there after setup_ema()
 
     def __init__(
         self,
@@ -131,9 +133,10 @@ class SemiSupervisedTask(TrainingTask):
         """Confidence and pseudo-label of the weak views, from the student (FixMatch) or the teacher (Eq. 17, 18)."""
         if self.method == "fixmatch":
             return confidence_and_pseudo(unwrap_model(self.trainable_module)(weak))
-        if not self.has_ema():
+        teacher = self.get_eval_model(ema=True)
+        if teacher is None:
             raise ValueError(f"method '{self.method}' needs a teacher: call setup_ema() first")
-        return confidence_and_pseudo(self.get_eval_model(ema=True)(weak))
+        return confidence_and_pseudo(teacher(weak))
 
     def mix(
         self, strong: Tensor, pseudo: Tensor, confidence: Tensor, keep: Tensor, num_labelled: int
@@ -196,9 +199,12 @@ class SemiSupervisedTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
         """Compile the student, before :meth:`prepare_distributed`."""
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        compiled = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = cast(nn.Module, compiled)
         self.eval_model = self.trainable_module
         return self.trainable_module
 

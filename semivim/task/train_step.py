@@ -64,6 +64,11 @@ def add_up(sums: dict[str, torch.Tensor], result: dict[str, torch.Tensor], label
         values["kept"] = result["keep"].sum().float()
         values["known"] = known.sum().float()
         values["right"] = (known & (result["pseudo"] == label)).sum().float()
+    accumulate(sums, values)
+
+
+def accumulate(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    """Add ``values`` to ``sums``, key by key."""
     for key, value in values.items():
         sums[key] = sums[key] + value if key in sums else value
 
@@ -71,7 +76,9 @@ def add_up(sums: dict[str, torch.Tensor], result: dict[str, torch.Tensor], label
 def summarise(sums: dict[str, torch.Tensor], task: SemiSupervisedTask) -> dict[str, float]:
     """Means of an interval and the teacher's last Lyapunov figures, as plain numbers."""
     total = {key: value.item() for key, value in sums.items()}
-    values = {key: total[key] / total["batches"] for key in ("loss_labelled", "loss_unlabelled") if key in total}
+    values: dict[str, float] = {
+        key: total[key] / total["batches"] for key in ("loss_labelled", "loss_unlabelled") if key in total
+    }
     if "kept" in total:
         values["kept_share"] = total["kept"] / total["unlabelled"]
         if total["known"]:

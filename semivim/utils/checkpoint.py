@@ -120,6 +120,7 @@ def save_model(
     config = {"label_names": list(label_names)} if label_names and len(label_names) == model.num_classes else None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
         save_for_hf(model, temporary, model_config=config, safe_serialization=True, data_config=data_config)
+        shutil.copymode(Path(temporary) / "config.json", Path(temporary) / "model.safetensors")  # readable by others
         for name in ("model.safetensors", "config.json"):
             _flush(Path(temporary) / name)
             os.replace(Path(temporary) / name, folder / name)

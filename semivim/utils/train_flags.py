@@ -218,12 +218,23 @@ def add_misc_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pin-mem", action="store_true", help="pin host memory")
     group.add_argument("--output", default="", metavar="DIR", help="output folder (./output/train)")
     group.add_argument("--experiment", default="", metavar="NAME", help="run name under --output")
+    group.add_argument("--log-wandb", action="store_true", help="log epochs to Weights & Biases as well")
+    group.add_argument("--wandb-project", default=None, metavar="NAME", help="Weights & Biases project")
     group.add_argument(
         "--eval-metric",
         default="top1",
         choices=["top1", "top5", "balanced_acc", "worst_class_recall"],
         help="metric that picks the best checkpoint (%(default)s)",
     )
+
+
+def scaled_lr(args: argparse.Namespace, global_batch: int) -> float:
+    """Learning rate: ``--lr``, or timm's ``--lr-base`` scaled by ``global_batch`` (labelled) images per update."""
+    if args.lr is not None:
+        return args.lr
+    ratio = global_batch / args.lr_base_size
+    scale = args.lr_base_scale or ("sqrt" if any(o in args.opt.lower() for o in ("ada", "lamb")) else "linear")
+    return args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:

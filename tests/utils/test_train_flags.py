@@ -91,3 +91,12 @@ def test_config_types_and_precedence(parser, tmp_path):
         9,
     )
     assert not hasattr(args, "config")
+
+
+def test_learning_rate_scales_as_timms(parser):
+    args = parser.parse_args([])
+    assert train_flags.scaled_lr(args, 512) == pytest.approx(0.2)  # sgd: linear
+    args = parser.parse_args(["--opt", "adamw"])
+    assert train_flags.scaled_lr(args, 1024) == pytest.approx(0.2)  # adaptive: square root
+    args = parser.parse_args(["--lr", "3e-4"])
+    assert train_flags.scaled_lr(args, 1024) == 3e-4
