@@ -30,10 +30,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: 
 
 def scan(operands: list[Tensor], psi: Tensor | None, nu: Tensor | None) -> Tensor:
     """`bidirectional_scan` of its thirteen operands; while the ONNX exporter traces, one Scan node."""
+    u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b = operands
     if not torch.jit.is_scripting():  # noqa: SIM102
         if torch.onnx.is_in_onnx_export():
-            return onnx_graph.bidirectional_scan(*operands, psi, nu)
-    u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b = operands
+            return onnx_graph.bidirectional_scan(
+                u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b, psi, nu
+            )
     return bidirectional_scan(u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b, psi, nu)
 
 

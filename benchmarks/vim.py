@@ -1,0 +1,180 @@
+"""Whole Vim models on one CPU thread, as ratios measured in one run.
+
+Usage: OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/vim.py [--repeats 5] [--large]
+
+- vim_tiny_patch16_224, batch 8: forward and training step against the same model on the token loop, with mamba.py's
+  `pscan` (package mambapy) as its scan, and against timm's vit_tiny_patch16_224 grown to the same depth.
+- What SSMixup's hidden-state mixing adds to a training step, for each reading of C.
+- ``--large``: one image of 1248 x 1248 against deit_tiny_patch16_224 at that size, time and peak memory.
+
+The sides of a ratio run in turn; each time is CPU time of the process, the smallest of the repeats, so that other
+processes disturb little.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+
+import timm
+import torch
+from mambapy.pscan import pscan
+from timm.layers import set_fused_attn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import semivim
+from semivim.layers import mamba
+
+BATCH, SIZE = 8, 224
+
+
+def seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Smallest time of each, after one warm-up."""
+    best = dict.fromkeys(runs, float("inf"))
+    for round_ in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if round_:
+                best[name] = min(best[name], time.process_time() - start)
+    return best
+
+
+def forward(model: nn.Module, x: Tensor) -> None:
+    with torch.inference_mode():
+        model(x)
+
+
+def step(model: nn.Module, x: Tensor, *mix: Tensor) -> None:
+    model(x, *mix).square().mean().backward()
+    model.zero_grad()
+
+
+@contextmanager
+def scan_by_mambapy():
+    """Let the mixer scan both directions with mamba.py's parallel scan."""
+
+    def one_way(u, delta, bc, A, delta_bias, reverse):
+        n = A.shape[1]
+        u, delta, bc = (v.flip(1) if reverse else v for v in (u, delta, bc))
+        delta = F.softplus(delta + delta_bias)
+        decay = torch.exp(delta.unsqueeze(-1) * A)
+        h = pscan(decay, (delta * u).unsqueeze(-1) * bc[..., None, :n])
+        s = (h @ bc[..., n:].unsqueeze(-1)).squeeze(-1)
+        return s.flip(1) if reverse else s
+
+    def scan(operands, _psi, _nu):
+        u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b = operands
+        s = one_way(u, delta, bc, A, bias, False)
+        s_b = one_way(u_b, delta_b, bc_b, A_b, bias_b, True)
+        return F.silu(z) * (s + D * u + s_b + D_b * u_b) / 2
+
+    ours, mamba.scan = mamba.scan, scan
+    try:
+        yield
+    finally:
+        mamba.scan = ours
+
+
+def within(context: Callable, run: Callable[[], object]) -> Callable[[], None]:
+    def runs() -> None:
+        with context():
+            run()
+
+    return runs
+
+
+def compare_224(repeats: int) -> None:
+    x = torch.randn(BATCH, 3, SIZE, SIZE)
+    vim = timm.create_model("vim_tiny_patch16_224").eval()
+    vit = timm.create_model("vit_tiny_patch16_224", depth=24).eval()
+    with torch.no_grad(), scan_by_mambapy():
+        other = vim(x)
+    assert (vim(x) - other).abs().max() < 1e-4, "the scans disagree"
+    loop = partial(semivim.use_backend, "reference")
+    for title, run in (("forward", forward), ("training step", step)):
+        times = seconds(
+            {
+                "vim_tiny_patch16_224": partial(run, vim, x),
+                "vit_tiny_patch16_224, depth 24": partial(run, vit, x),
+                "the same Vim, mamba.py's pscan": within(scan_by_mambapy, partial(run, vim, x)),
+                "the same Vim, token loop": within(loop, partial(run, vim, x)),
+            },
+            repeats,
+        )
+        report(f"{title}, batch {BATCH}, {SIZE} x {SIZE}", times)
+
+
+def compare_mixing(repeats: int) -> None:
+    x, psi, nu = torch.randn(BATCH, 3, SIZE, SIZE), torch.rand(BATCH), torch.full((BATCH,), 0.1)
+    runs: dict[str, Callable[[], object]] = {}
+    for reading in mamba.SSMIXUP_C:
+        model = timm.create_model("semivim_tiny", depth=4, ssmixup_c=reading)
+        if not runs:
+            runs["no mixing"] = partial(step, model, x)
+        runs[f"mixing, C {reading}"] = partial(step, model, x, psi, nu)
+    report(f"training step, 4 blocks of semivim_tiny, batch {BATCH}", seconds(runs, 3 * repeats))
+
+
+def peak_bytes(build: Callable[[], nn.Module], size: int) -> int:
+    """Growth of a fresh process's peak memory over one forward pass."""
+    receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        model, x = build(), torch.randn(1, 3, size, size)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        forward(model, x)
+        send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    grown = receive.recv()
+    process.join()
+    return grown
+
+
+def build_large(name: str, fused: bool, size: int) -> nn.Module:
+    set_fused_attn(fused)
+    return timm.create_model(name, img_size=size).eval()
+
+
+def compare_large(repeats: int, size: int = 1248) -> None:
+    x = torch.randn(1, 3, size, size)
+    builds = {
+        "vim_tiny_patch16_224": partial(build_large, "vim_tiny_patch16_224", True, size),
+        "deit_tiny_patch16_224, fused attention": partial(build_large, "deit_tiny_patch16_224", True, size),
+        "deit_tiny_patch16_224": partial(build_large, "deit_tiny_patch16_224", False, size),
+    }
+    times = seconds({name: partial(forward, build(), x) for name, build in builds.items()}, repeats)
+    report(f"forward, one image of {size} x {size}", times)
+    peaks = {name: peak_bytes(build, size) for name, build in builds.items()}
+    for name, peak in peaks.items():
+        print(f"  {peak / 2**20:9.0f} MiB  {peak / peaks['deit_tiny_patch16_224']:6.1%}  {name}")
+
+
+def report(title: str, times: dict[str, float]) -> None:
+    print(f"\n{title}")
+    first = next(iter(times.values()))
+    for name, value in times.items():
+        print(f"  {value * 1e3:9.1f} ms  {value / first:6.2f}x  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (%(default)s)")
+    parser.add_argument("--large", action="store_true", help="compare at 1248 x 1248 as well")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    compare_224(args.repeats)
+    compare_mixing(args.repeats)
+    if args.large:
+        compare_large(max(1, args.repeats // 2))
+
+
+if __name__ == "__main__":
+    main()
