@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .scan_kernels_triton import sigmoid
 from .scan_triton import unavailable
 
 __all__ = ["bidirectional_conv_backward", "bidirectional_conv_forward", "unavailable"]
@@ -58,9 +59,9 @@ def _conv_forward(
     exists = (token < l)[:, None] & (channel < d)[None, :]
     at = image * l * d + token[:, None] * d + channel[None, :]
     c = _convolve(x, weight, bias, token, channel, l, d, x_token, x_channel, False, TAPS)
-    tl.store(u + at, c / (1 + tl.exp(-c)), mask=exists)
+    tl.store(u + at, c * sigmoid(c), mask=exists)
     c = _convolve(x, weight_b, bias_b, token, channel, l, d, x_token, x_channel, True, TAPS)
-    tl.store(u_b + at, c / (1 + tl.exp(-c)), mask=exists)
+    tl.store(u_b + at, c * sigmoid(c), mask=exists)
 
 
 @triton.jit
@@ -69,8 +70,8 @@ def _gradient_of_convolution(
 ):
     """Gradient of the convolution before SiLU at some tokens, zeros outside the sequence."""
     c = _convolve(x, weight, bias, token, channel, l, d, x_token, x_channel, REVERSE, TAPS)
-    sigmoid = 1 / (1 + tl.exp(-c))
-    return _load(grad, token, channel, l, d, d, 1) * sigmoid * (1 + c * (1 - sigmoid))
+    slope = sigmoid(c)
+    return _load(grad, token, channel, l, d, d, 1) * slope * (1 + c * (1 - slope))
 
 
 @triton.jit

@@ -27,8 +27,10 @@ def _softplus(x):
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1 + e)
 
 
 @triton.jit
@@ -79,7 +81,7 @@ def _forward_token(
     y = s + skip * x
     if GATED:
         gate = token[2].to(tl.float32)
-        y = y * gate * _sigmoid(gate)
+        y = y * gate * sigmoid(gate)
     return h, y + mix * s
 
 
@@ -211,7 +213,7 @@ def _readout_gradient(grad, z, mix, scale, exists, GATED: tl.constexpr):
     dy = g
     if GATED:
         gate = tl.load(z, mask=exists, other=0).to(tl.float32)
-        dy = g * gate * _sigmoid(gate)
+        dy = g * gate * sigmoid(gate)
     return dy, dy + mix * g
 
 
@@ -401,7 +403,7 @@ def scan_backward(  # noqa: PLR0915  one kernel, one walk: a part of it cannot b
                 sum_dA += into_decay * dt[None, :]
                 draw = into * x + tl.sum(into_decay * A2, 0) * LN2
                 if SOFTPLUS:
-                    draw *= _sigmoid(raws[k])
+                    draw *= sigmoid(raws[k])
                 sum_dD += dy * x
                 sum_dbias += tl.where(exists, draw, 0.0)
                 tl.store(du + t * d, into * dt + skip * dy, mask=exists)
@@ -423,6 +425,6 @@ def gate_backward(dz, y, grad, z, z_image, z_token, z_channel, size, d, scale, B
     total = tl.load(y + image * size + at, mask=exists, other=0)
     if BOTH:
         total += tl.load(y + (tl.num_programs(1) + image) * size + at, mask=exists, other=0)
-    sigmoid = _sigmoid(gate)
+    slope = sigmoid(gate)
     g = scale * tl.load(grad + image * size + at, mask=exists, other=0).to(tl.float32)
-    tl.store(dz + image * size + at, g * total * sigmoid * (1 + gate * (1 - sigmoid)), mask=exists)
+    tl.store(dz + image * size + at, g * total * slope * (1 + gate * (1 - slope)), mask=exists)

@@ -245,7 +245,7 @@ def _backward(
     f, g = _pair(f, g)
     gate, grad = f.u if z is None else z, grad.contiguous()
     plan = _plan(f.u, n, directions)
-    sub = max(1, min(8, SUB_STATES // plan.states))
+    sub = max(1, min(4, SUB_STATES // plan.states))
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=grad.device)
