@@ -25,7 +25,7 @@ class _Backend(NamedTuple):
 # In the order of preference of the automatic choice.
 _BACKENDS = {
     "triton": _Backend("triton", ("cuda",), ("scan", "conv")),
-    "cuda": _Backend("mamba_ssm", ("cuda",), ("scan",)),
+    "cuda": _Backend("mamba_ssm", ("cuda",), ("scan", "conv")),
     "numba": _Backend("numba", ("cpu",), ("scan", "conv")),
     "reference": _Backend("torch", (), ("scan", "conv")),
 }
