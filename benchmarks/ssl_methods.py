@@ -1,9 +1,13 @@
 """Mean and spread of every method on the same splits; each seed is another split and another initialisation.
 
     python benchmarks/ssl_methods.py --seeds 3                    the demo's digits, 4 labels a class
-    python benchmarks/ssl_methods.py --seeds 1 -- --dataset torch/fashion_mnist --data-dir DIR ...
+    python benchmarks/ssl_methods.py --seeds 1 --fashion-mnist DIR --output output/fashion
+                                                                  long-tailed Fashion-MNIST in torchvision's layout
 
-Words after ``--`` go to train_ssl.py. Runs that are there already are read, not repeated.
+Fashion-MNIST as Debian's ``dataset-fashion-mnist`` ships it becomes DIR by
+``mkdir -p DIR/FashionMNIST/raw; for f in /usr/share/datasets/fashion-mnist/*.gz; do gunzip -c $f >
+DIR/FashionMNIST/raw/$(basename ${f%.gz}); done``. Runs that are there already are read, not repeated. Words that are
+not flags here go to train_ssl.py.
 """
 
 import argparse
@@ -20,9 +24,17 @@ METHODS = {
     "supervised": ["--ssl-method", "supervised"],
     "fixmatch": ["--ssl-method", "fixmatch", "--pseudo-mixup", "none"],
     "ema-teacher": ["--ssl-method", "ema-teacher", "--pseudo-mixup", "none"],
+    "ema+warm-up": ["--ssl-method", "ema-teacher", "--pseudo-mixup", "none", "--model-ema-warmup"],
     "lyapema": ["--ssl-method", "lyapema", "--pseudo-mixup", "none"],
     "lyapema+ss": ["--ssl-method", "lyapema", "--pseudo-mixup", "ss"],
 }
+FASHION = (
+    "--dataset torch/fashion_mnist --model semivim_pico --in-chans 1 --mean 0.286 --std 0.353 --imb-n1 200 "
+    "--imb-factor-l 20 --imb-m1 2000 --imb-factor-u 20 -b 16 --unlabeled-ratio 4 --epochs 20 "
+    "--train-batches-per-epoch 20 --val-interval 20 --opt adamw --lr 2e-3 --weight-decay 0.05 --sched-on-updates "
+    "--warmup-epochs 2 --model-ema-decay 0.99 --scale 0.6 1 --color-jitter 0 --strong-aa rand-m5-mstd0.5-inc1 "
+    "-vb 250 --log-interval 20 --checkpoint-hist 1 --eval-metric balanced_acc -j 0"
+).split()  # noqa: SIM905  reads as the command line it is
 
 
 def train(method: str, seed: int, output: Path, extra: list[str]) -> dict:
@@ -50,8 +62,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--output", type=Path, default=Path("output/ssl_methods"))
+    parser.add_argument("--fashion-mnist", metavar="DIR", help="train on long-tailed Fashion-MNIST instead of digits")
     args, extra = parser.parse_known_args()
-    extra = [word for word in extra if word != "--"]
+    if args.fashion_mnist:
+        extra = [*FASHION, "--data-dir", args.fashion_mnist, *extra]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {
             method: [pool.submit(train, method, seed, args.output, extra) for seed in range(args.seeds)]
