@@ -155,3 +155,14 @@ result = [marked, model.head.weight.shape[0], stem]
     marked, num_classes, stem = answer.result
     assert (marked, num_classes) == ([32], 7)
     assert_close("stem", torch.tensor(stem), source.patch_embed.proj.weight[0, :, 0].sum(0))
+
+
+def test_a_published_file_on_disk_is_read_too(tmp_path):
+    """timm itself picks the EMA of a local training state."""
+    kwargs = {"img_size": 64, **SMALL}
+    sources = [Vim(**kwargs) for _ in range(2)]
+    path = tmp_path / "published.pth"
+    path.write_bytes(as_bytes(released_state(*sources)))
+    overlay = {"file": str(path), "num_classes": 5}
+    model = timm.create_model("vim_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    assert all(torch.equal(value, sources[1].state_dict()[key]) for key, value in model.state_dict().items())
