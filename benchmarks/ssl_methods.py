@@ -13,6 +13,7 @@ not flags here go to train_ssl.py.
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -28,13 +29,13 @@ METHODS = {
     "lyapema": ["--ssl-method", "lyapema", "--pseudo-mixup", "none"],
     "lyapema+ss": ["--ssl-method", "lyapema", "--pseudo-mixup", "ss"],
 }
-FASHION = (
+FASHION = shlex.split(
     "--dataset torch/fashion_mnist --model semivim_pico --in-chans 1 --mean 0.286 --std 0.353 --imb-n1 200 "
     "--imb-factor-l 20 --imb-m1 2000 --imb-factor-u 20 -b 16 --unlabeled-ratio 4 --epochs 20 "
     "--train-batches-per-epoch 20 --val-interval 20 --opt adamw --lr 2e-3 --weight-decay 0.05 --sched-on-updates "
     "--warmup-epochs 2 --model-ema-decay 0.99 --scale 0.6 1 --color-jitter 0 --strong-aa rand-m5-mstd0.5-inc1 "
     "-vb 250 --log-interval 20 --checkpoint-hist 1 --eval-metric balanced_acc -j 0"
-).split()  # noqa: SIM905  reads as the command line it is
+)
 
 
 def train(method: str, seed: int, output: Path, extra: list[str]) -> dict:

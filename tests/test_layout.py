@@ -78,6 +78,7 @@ class Recorder:
 
 def test_every_flag_is_read_and_every_read_is_a_flag():
     import train_ssl
+    from semivim.utils import train_flags
 
     declared = {a.dest for a in train_ssl.build_parser()._actions} - {"help"}
     tree = ast.parse((ROOT / "train_ssl.py").read_text())
@@ -89,6 +90,8 @@ def test_every_flag_is_read_and_every_read_is_a_flag():
     recorder = Recorder(train_ssl.parse_args([]))
     optimizer_kwargs(recorder)
     scheduler_kwargs(recorder)
+    recorder._args.lr = None
+    train_flags.scaled_lr(recorder, 1)
     by_timm = recorder._read | {"mean", "std", "crop_pct", "interpolation"}  # resolve_input_data_config
     by_init = {"rank", "world_size", "distributed", "device", "local_rank"}  # init_distributed_device
     assert declared - read - by_timm == set(), "declared, read nowhere"
