@@ -1,4 +1,4 @@
-"""The rules of the tree: who may import whom, optional packages in one place, flags that are read, a test per module."""
+"""The rules of the tree: who imports whom, optional packages in one place, flags that are read, a test per module."""
 
 import argparse
 import ast

@@ -14,7 +14,7 @@ Tensors are channel-last with any strides and may mix dtypes. Outputs and gradie
 in the dtype of what they belong to; every element is written; l >= 1 and b >= 1. `states`, contiguous,
 ``(b, directions, ceil(l / CHUNK), n, d)``, in `state_dtype`, are the states after each chunk of tokens, counted in the
 direction of the scan; forward and backward may run in different backends, so all store the same thing. The ops flatten
-them to ``(b, -1)``: a dimension that is 1 for short inputs would tie an exported program to the length it was traced at.
+them to ``(b, -1)``: a dimension that is 1 for short inputs would tie an exported program to the length it saw.
 """
 
 import torch
