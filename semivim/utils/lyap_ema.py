@@ -410,8 +410,8 @@ class LyapEmaV3(ModelEmaV3):
     def _nonfinite(self, distance: float, norm: float) -> LyapStats:
         if self.on_nonfinite == "raise":
             raise FloatingPointError(
-                f"student is not finite: ||student - teacher|| = {distance}, ||teacher|| = {norm}; both are left as "
-                "they are (lower the learning rate, or on_nonfinite='skip')"
+                f"student is not finite: its distance to the teacher is {distance}, the norm of the teacher's weights "
+                f"{norm}; both are left as they are (lower the learning rate, or on_nonfinite='skip')"
             )
         return self._unchanged()
 

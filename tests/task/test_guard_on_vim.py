@@ -9,7 +9,7 @@ CALM_STEPS = 50
 
 def spiked(teacher: str) -> Trace:
     sizes = {"batch_size": 8, "burnin_steps": 100, "calm_steps": CALM_STEPS, "after_steps": 40}
-    return run(teacher, SPIKE, seed=0, **sizes, depth=2)
+    return run(teacher, SPIKE, seed=0, **sizes)
 
 
 @pytest.mark.slow
