@@ -1,4 +1,4 @@
-"""The selective scan on a CPU: describes tensors to the kernels of `scan_kernels_numba`, spreads them over threads.
+"""The selective scan on a CPU: describes tensors to the kernels, spreads their tasks over threads.
 
 The kernels take float32 or, where all tensors over tokens have it, bfloat16; anything else is converted first.
 """
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import scan_adjoint_numba as adjoint
 from . import scan_kernels_numba as kernels
 from .threads import aligned_scratch, run_tasks
 from .vector_numba import BFLOAT16, FLOAT32, LANES, LOG2_E
@@ -150,9 +151,9 @@ class _Launch:
                 of_side |= {name: self.new(row, f"d{name}", self.images, tokens, self.n) for name in ("B", "C")}
                 row["dBC_token"] = self.n * self.dtype.itemsize
             gradients.append(of_side)
-        scratch = kernels.backward_scratch(tokens, self.quads, directions)
-        self.run(kernels.backward, self.images * blocks, scratch)
-        run_tasks(lambda begin, end: kernels.sum_blocks(self.kind, self.call, self.sides, begin, end), self.images)
+        scratch = adjoint.backward_scratch(tokens, self.quads, directions)
+        self.run(adjoint.backward, self.images * blocks, scratch)
+        run_tasks(lambda begin, end: adjoint.sum_blocks(self.kind, self.call, self.sides, begin, end), self.images)
         for k, of_side in enumerate(gradients):
             of_side["A"] = dA[:, k, : self.n, :channels].sum(0).t().contiguous()
             of_side["D"] = dD[:, k, :channels].sum(0)

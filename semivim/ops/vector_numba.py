@@ -27,9 +27,10 @@ LOG2_E = 1.4426950408889634
 def sources_field() -> str:
     """Return a field name for the records that kernels take.
 
-    Numba's cache looks at a kernel's own file and argument types; this makes an edit to any kernel file miss it.
+    Numba's cache looks at a kernel's own file and argument types; this makes it miss after an edit to any file of ops,
+    with which go the constants and the functions that a kernel takes from them.
     """
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*_numba.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return f"source_{zlib.crc32(sources)}"
 
 
@@ -161,6 +162,20 @@ def store(_context, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, vector), generate
+
+
+@intrinsic
+def prefetch(_context, address):
+    """Ask for the cache line of an address, which need not exist."""
+
+    def generate(context, builder, _sig, args):
+        byte = ir.IntType(8).as_pointer()
+        function = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), byte, _INT, _INT, _INT)
+        read, near, data = ir.Constant(_INT, 0), ir.Constant(_INT, 3), ir.Constant(_INT, 1)
+        builder.call(function, (builder.inttoptr(args[0], byte), read, near, data))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 def _memory(kind):

@@ -3,10 +3,11 @@ import torch
 
 from semivim.ops import bidirectional_scan
 from semivim.ops import scan_kernels_numba as kernels
+from semivim.ops.scan_adjoint_numba import backward_scratch
 from tests.ops.scan_cases import bidirectional_inputs
 
 
-@pytest.mark.parametrize("scratch", (kernels.forward_scratch, kernels.backward_scratch))
+@pytest.mark.parametrize("scratch", (kernels.forward_scratch, backward_scratch))
 @pytest.mark.parametrize("directions", (1, 2))
 def test_scratch_fields_are_whole_vectors_and_known(scratch, directions):
     for tokens in (1, 64, 197):
@@ -16,7 +17,7 @@ def test_scratch_fields_are_whole_vectors_and_known(scratch, directions):
 
 
 def test_scratch_of_a_chunk_does_not_grow_with_tokens():
-    for scratch in (kernels.forward_scratch, kernels.backward_scratch):
+    for scratch in (kernels.forward_scratch, backward_scratch):
         assert scratch(100, 4, 1) == scratch(10_000, 4, 1)
 
 
