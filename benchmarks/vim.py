@@ -13,11 +13,12 @@ processes disturb little.
 
 import argparse
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import timm
 import torch
@@ -120,18 +121,26 @@ def compare_mixing(repeats: int) -> None:
     report(f"training step, 4 blocks of semivim_tiny, batch {BATCH}", seconds(runs, 3 * repeats))
 
 
+def resident_bytes(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process, from Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def grow(build: Callable[[], nn.Module], size: int, answer: Connection) -> None:
+    """Send how far one forward pass raises the peak of a fresh process's memory."""
+    torch.set_num_threads(1)
+    forward(timm.create_model("test_vim"), torch.randn(1, 3, 32, 32))  # kernels compiled, libraries loaded
+    model, x = build(), torch.randn(1, 3, size, size)
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    forward(model, x)
+    answer.send(resident_bytes("VmHWM") - before)
+
+
 def peak_bytes(build: Callable[[], nn.Module], size: int) -> int:
-    """Growth of a fresh process's peak memory over one forward pass."""
-    receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
-
-    def child() -> None:
-        torch.set_num_threads(1)
-        model, x = build(), torch.randn(1, 3, size, size)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        forward(model, x)
-        send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
+    receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=grow, args=(build, size, send))
     process.start()
     grown = receive.recv()
     process.join()
