@@ -157,7 +157,7 @@ def main() -> None:
         traces = dict(zip(jobs, pool.imap(_run, jobs), strict=True))
 
     print(f"teacher top-1 on 500 digits, {args.seeds} seeds: mean [worst]; {time.perf_counter() - start:.0f} s")
-    columns = ("before spike", "lowest after", "end", "end, no spike", "guarded, no spike")
+    columns = ("before spike", "lowest after", "end", "end, no spike", "V fails, no spike")
     print(" " * 24 + "".join(f"{column:>18}" for column in columns))
     for teacher in TEACHERS:
         spiked = np.array([traces[teacher, SPIKE, seed].summary(CALM_STEPS) for seed in seeds])
