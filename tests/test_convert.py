@@ -1,4 +1,5 @@
 import argparse
+import copy
 import pickle
 import runpy
 import sys
@@ -6,6 +7,7 @@ import sys
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 from semivim.convert import convert, main
 from semivim.models.vim_weights import WEIGHTS_ENTRY
@@ -51,6 +53,18 @@ def test_the_base_model_takes_the_average(monkeypatch, checkpoint, tmp_path, mod
     monkeypatch.setitem(WEIGHTS_ENTRY, "test_vim", "model_ema")
     converted = convert(checkpoint, "test_vim", tmp_path / "out")
     assert torch.equal(converted.pos_embed, models[1].pos_embed)
+
+
+def test_a_folder_that_does_not_give_the_same_logits_is_not_left_behind(checkpoint, tmp_path, monkeypatch):
+    def save_something_else(model, folder, **kwargs):
+        model = copy.deepcopy(model)
+        model.head.bias.data[0] += 1e-3
+        save_for_hf(model, folder, **kwargs)
+
+    monkeypatch.setattr("semivim.convert.save_for_hf", save_something_else)
+    with pytest.raises(ValueError, match=r"logits differ by 1\.00e-03, wanted 0"):
+        convert(checkpoint, "test_vim", tmp_path / "out")
+    assert [f.name for f in tmp_path.iterdir()] == ["in.pth"]
 
 
 def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):

@@ -154,6 +154,13 @@ def test_decay_and_state_keep_float32_in_a_bfloat16_mixer():
     assert_close("y", y, wanted, "bfloat16")
 
 
+def test_the_decay_rate_is_computed_in_float32():
+    A_log = torch.linspace(-1, 3, 50).bfloat16()
+    assert mamba.decay_rate(A_log).dtype == torch.float32
+    assert torch.equal(mamba.decay_rate(A_log), -A_log.float().exp())
+    assert mamba.decay_rate(A_log.double()).dtype == torch.float64
+
+
 def test_nothing_is_copied_between_the_projections(monkeypatch):
     """The scan reads the gate and [B | C] as strided views of the projections' outputs."""
     seen = {}
