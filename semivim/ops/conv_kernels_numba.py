@@ -13,6 +13,7 @@ from .vector_numba import (
     compiled,
     load,
     load_lanes,
+    prefetch,
     record,
     sigmoid,
     splat,
@@ -21,6 +22,7 @@ from .vector_numba import (
 )
 
 GROUPS = 4  # vectors of channels in a task
+AHEAD = 24  # tokens; rows lie too far apart for a processor to guess them
 BLOCK = GROUPS * LANES
 
 # Addresses and strides in bytes. `weights` holds float32 (2, k + 1, lanes): for each direction the taps and, last, the
@@ -55,6 +57,7 @@ def forward(kind, calls, begin, end):
             for c in range(block * BLOCK, min(call.channels, (block + 1) * BLOCK), LANES):
                 lanes = call.channels - c
                 x = call.x + image * call.x_image + c * call.size
+                prefetch(x + (token + AHEAD) * call.x_token)
                 ahead = call.weights + 4 * c
                 out = image * call.u_image + token * call.u_token + c * call.size
                 s = _sum(kind, call, x, token, lanes, ahead, False)
