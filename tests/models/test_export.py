@@ -8,6 +8,7 @@ import timm
 import torch
 from torch.export import Dim
 
+import semivim  # noqa: F401  registers the models
 from tests.tolerance import assert_close
 
 
