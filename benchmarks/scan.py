@@ -4,14 +4,15 @@
     python benchmarks/scan.py --shape 2 197 384 16 --repeats 3  # smaller
 
 Times are the thread's own CPU time, the least of several calls, so that other work on the machine counts little;
-memory is what a call allocates at its peak beyond inputs, outputs and gradients. The limits below each table: bytes
-that must move over the bandwidth of a copy, exponentials over the rate of the same polynomial alone, measured in the
-same run.
+memory is what a call allocates at its peak beyond inputs, outputs and gradients. A limit is the largest of: bytes that
+must move over the bandwidth of a copy, exponentials over the rate of the same polynomial alone, operations over the
+rate of a large matrix product, each measured in the same run.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from mambapy.pscan import pscan
@@ -124,10 +125,24 @@ def exps_per_s() -> float:
     return 64 * count / least_s(lambda: _exps(memory.data_ptr(), count), 10)
 
 
+def gemm_per_s() -> float:
+    """Floating point operations of a large matrix product."""
+    a = torch.randn(1024, 1024)
+    return 2 * 1024**3 / least_s(lambda: a @ a, 5)
+
+
 def copy_bytes_per_s() -> float:
     """Bytes read and written by a copy between buffers that no cache holds."""
     a, b = torch.zeros(2, 1 << 26)
     return 2 * a.numel() * 4 / least_s(lambda: b.copy_(a), 5)
+
+
+class Limits(NamedTuple):
+    """What this machine can do in a second."""
+
+    exps: float
+    bandwidth: float  # bytes
+    gemm: float  # operations
 
 
 def compare(shape: tuple[int, int, int, int], repeats: int) -> None:
@@ -155,15 +170,13 @@ def compare(shape: tuple[int, int, int, int], repeats: int) -> None:
     print(f"extra memory 1/{share:.0f} of b l d n floats (goal 1/8), 1/{of_pscan:.0f} of pscan's (goal 1/10)")
 
 
-def stages(shape: tuple[int, int, int, int], repeats: int, exps: float, bandwidth: float) -> float:
+def stages(shape: tuple[int, int, int, int], repeats: int, limits: Limits) -> float:
     """Print what the scans and the convolution of one Vim block take; return the forward's ns per token and image."""
     b, l, d, n = shape
     inputs = block_inputs(*shape)
     tensor, states = b * l * d * 4, b * l * d * n
     x = torch.randn(b, l, 2 * d)[..., :d].requires_grad_()
     taps = [torch.randn(size).requires_grad_() for size in ((d, 1, 4), (d,), (d, 1, 4), (d,))]
-    projection = torch.randn(2 * d, d // 2)
-    rows = torch.randn(b * l, d // 2)
     print(f"\none Vim block, b {b}, l {l}, d {d}, n {n}, float32: both directions")
     print(f"{'':24}{'forward':>12}{'limit':>9}{'+ backward':>12}{'limit':>9}")
     result = 0.0
@@ -175,28 +188,41 @@ def stages(shape: tuple[int, int, int, int], repeats: int, exps: float, bandwidt
     ):
         forward = least_s(forward_only(function, operands), repeats)
         total = least_s(both_passes(function, operands), repeats)
-        limits = [max(m * tensor / bandwidth, e / exps) for m, e in zip(moved, exponentials, strict=True)]
-        print(f"{name:24}{forward * 1e3:9.2f} ms{limits[0] * 1e3:9.2f}{total * 1e3:9.2f} ms{limits[1] * 1e3:9.2f}")
+        least = [max(m * tensor / limits.bandwidth, e / limits.exps) for m, e in zip(moved, exponentials, strict=True)]
+        print(f"{name:24}{forward * 1e3:9.2f} ms{least[0] * 1e3:9.2f}{total * 1e3:9.2f} ms{least[1] * 1e3:9.2f}")
         result = result or forward / (b * l)
-    gemm = least_s(lambda: torch.nn.functional.linear(rows, projection), repeats)
-    print(f"{'input projection':24}{gemm * 1e3:9.2f} ms")
+    rank = d // 32
+    for name, times, fan_in, fan_out in (
+        ("in_proj", 1, d // 2, 2 * d),
+        ("x_proj, both", 2, d, rank + 2 * n),
+        ("dt_proj, both", 2, rank, d),
+        ("out_proj", 1, d, d // 2),
+    ):
+        a, w = torch.randn(b * l, fan_in), torch.randn(fan_out, fan_in)
+        forward = times * least_s(lambda a=a, w=w: torch.nn.functional.linear(a, w), repeats)
+        operations, moved = 2 * b * l * fan_in * fan_out, 4 * b * l * (fan_in + fan_out)
+        limit = times * max(operations / limits.gemm, moved / limits.bandwidth)
+        print(f"{name:24}{forward * 1e3:9.2f} ms{limit * 1e3:9.2f}")
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=int, nargs=4, default=(8, 197, 384, 16), metavar=("b", "l", "d", "n"))
+    parser.add_argument("--stages", action="store_true", help="only the stages of a block, without the slow peers")
     parser.add_argument("--repeats", type=int, default=20, help="calls timed for the fast kernels")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     assert not scan_numba.unavailable(torch.device("cpu"))
-    exps, bandwidth = exps_per_s(), copy_bytes_per_s()
-    print(f"torch {torch.__version__}, one thread: {exps / 1e9:.1f} G exponentials/s, copy {bandwidth / 1e9:.1f} GB/s")
+    limits = Limits(exps_per_s(), copy_bytes_per_s(), gemm_per_s())
+    print(f"torch {torch.__version__}, one thread: {limits.exps / 1e9:.1f} G exponentials/s,", end=" ")
+    print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, GEMM {limits.gemm / 1e9:.0f} GFLOP/s")
     shape = tuple(args.shape)
-    compare(shape, args.repeats)
-    short = stages(shape, args.repeats, exps, bandwidth)
-    long = stages((1, 6085, *shape[2:]), max(3, args.repeats // 3), exps, bandwidth)
+    if not args.stages:
+        compare(shape, args.repeats)
+    short = stages(shape, args.repeats, limits)
+    long = stages((1, 6085, *shape[2:]), max(3, args.repeats // 3), limits)
     print(f"\nscans, forward, ns a token: {short * 1e9:.0f} at l {shape[1]}, {long * 1e9:.0f} at l 6085", end="")
     print(f": {long / short:.2f} times (goal 1.15)")
 
