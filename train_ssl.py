@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 import logging
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import yaml
@@ -46,6 +48,8 @@ from semivim.data import (
     UnreadableImageError,
     View,
     Views,
+    check_sources,
+    complete_split,
     create_eval_loader,
     join_sources,
     load_split,
@@ -56,7 +60,7 @@ from semivim.data import (
     split_from_lists,
 )
 from semivim.task.semi_supervised import SemiSupervisedTask
-from semivim.task.ssl_flags import add_semi_supervised_flags
+from semivim.task.ssl_flags import add_semi_supervised_flags, check_semi_supervised_flags
 from semivim.task.train_step import accumulate, summarise, train_step
 from semivim.utils import train_flags
 from semivim.utils.checkpoint import AtomicCheckpointSaver, load_training_checkpoint, save_model, write_text
@@ -74,32 +78,13 @@ MAX_SKIPPED_STEPS = 20  # in a row, before a run that only meets non-finite grad
 
 # What `python train_ssl.py` runs: every value can be overridden on the command line.
 DEMO: dict[str, Any] = {
-    "dataset": "embedded/digits",
-    "model": "semivim_pico",
-    "in_chans": 1,
-    "mean": [0.5],
-    "std": [0.5],
-    "labels_per_class": 4,
-    "pseudo_mixup": "ss",
-    "batch_size": 16,
-    "unlabeled_ratio": 4,
-    "epochs": 20,
-    "train_batches_per_epoch": 15,
-    "opt": "adamw",
-    "lr": 2e-3,
-    "weight_decay": 0.05,
-    "sched_on_updates": True,
-    "warmup_epochs": 2,
-    "model_ema_decay": 0.99,
-    "scale": [0.6, 1.0],
-    "hflip": 0.0,
-    "color_jitter": 0.0,
-    "strong_aa": "rand-m5-mstd0.5-inc1",
-    "workers": 0,
-    "val_interval": 5,
-    "log_interval": 15,
-    "checkpoint_hist": 2,
-}
+    "dataset": "embedded/digits", "model": "semivim_pico", "in_chans": 1, "mean": [0.5], "std": [0.5],
+    "labels_per_class": 4, "pseudo_mixup": "ss", "batch_size": 16, "unlabeled_ratio": 4,
+    "epochs": 20, "train_batches_per_epoch": 15, "sched_on_updates": True, "warmup_epochs": 2,
+    "opt": "adamw", "lr": 2e-3, "weight_decay": 0.05, "model_ema_decay": 0.99,
+    "scale": [0.6, 1.0], "hflip": 0.0, "color_jitter": 0.0, "strong_aa": "rand-m5-mstd0.5-inc1",
+    "workers": 0, "val_interval": 5, "log_interval": 15, "checkpoint_hist": 2,
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,13 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = train_flags.parse_flags(parser, argv)
     if args.dataset == DEMO["dataset"] and args.ssl_method == "supervised":
         args.pseudo_mixup = "none"  # the demo's value would otherwise have to be switched off by hand
-    if args.ssl_method == "supervised" and args.pseudo_mixup != "none":
-        parser.error(f"--pseudo-mixup {args.pseudo_mixup}: --ssl-method supervised has no pseudo-labels to mix")
-    flags = ("label_fraction", "labels_per_class", "imb_n1", "labeled_list")
-    given = ["--" + flag.replace("_", "-") for flag in flags if getattr(args, flag) is not None]
-    if len(given) != 1:
-        wanted = "give one of --label-fraction, --labels-per-class, --imb-n1 or --labeled-list"
-        parser.error(f"{wanted}, got {' and '.join(given) or 'none'}")
+    check_semi_supervised_flags(parser, args)
     if args.log_wandb and wandb is None:
         parser.error("--log-wandb: wandb is not installed: pip install 'semivim[logging]'")
     if args.resume == "auto" and not args.experiment:
@@ -145,10 +124,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """Folder of the run: the resumed checkpoint's own, unless --output or --experiment name another."""
-    if args.resume not in ("", "auto") and not args.experiment and not args.output:
+    """Folder of the run: OUTPUT/EXPERIMENT, or the folder of the checkpoint that is resumed without --experiment."""
+    if args.resume not in ("", "auto") and not args.experiment:
         return Path(args.resume).parent
-    name = args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.ssl_method}"
+    model = re.sub(r"[^\w.]+", "-", args.model)  # hf-hub:org/name is no folder name
+    name = args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{args.ssl_method}"
     return Path(args.output or "output/train") / name
 
 
@@ -174,24 +154,19 @@ def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[Imag
         options["trust_remote_code"] = True
     source = open_source(args.dataset, args.data_dir, args.train_split, args.num_classes, **options)
     val_source = open_source(args.dataset, args.data_dir, args.val_split, args.num_classes, **options)
-    num_classes = args.num_classes or max(source.num_classes, val_source.num_classes)
+    check_sources(source, val_source, args.val_split)
+    num_classes = args.num_classes or source.num_classes
+    listed, known = source, len(source)
     if args.unlabeled_dir:
         source = join_sources(source, open_unlabelled_folder(args.unlabeled_dir))
+    include = {"min_per_class": args.min_per_class, "include_labelled": args.unlabeled_include_labeled}
     if split_folder:
         return source, val_source, load_split(split_folder, source.labels, num_classes, source.names)
-    if args.labeled_list:
-        return (
-            source,
-            val_source,
-            split_from_lists(
-                source,
-                num_classes,
-                args.labeled_list,
-                args.unlabeled_list,
-                min_per_class=args.min_per_class,
-                include_labelled=args.unlabeled_include_labeled,
-            ),
-        )
+    if args.labeled_list:  # lists name images of the dataset, so they are read before others join it
+        split = split_from_lists(listed, num_classes, args.labeled_list, args.unlabeled_list, args.data_dir, **include)
+        labels = np.concatenate([split.labels, source.labels[known:]])
+        unlabelled = np.concatenate([split.unlabelled, np.arange(known, len(source))])
+        return source, val_source, complete_split(labels, num_classes, split.labelled, unlabelled, **include)
     split = make_split(
         source.labels,
         num_classes,
@@ -201,10 +176,9 @@ def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[Imag
         imb_m1=args.imb_m1,
         imb_factor_l=args.imb_factor_l,
         imb_factor_u=args.imb_factor_u,
-        min_per_class=args.min_per_class,
         seed=args.split_seed,
         fold=args.fold,
-        include_labelled=args.unlabeled_include_labeled,
+        **include,
     )
     return source, val_source, split
 
@@ -263,7 +237,7 @@ def create_views(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple
     )
     weak = make(**crop, color_jitter=args.weak_color_jitter)
     strong = make(**crop, color_jitter=None, auto_augment=args.strong_aa or None, re_prob=args.strong_reprob)
-    evaluation = make(is_training=False, interpolation=data_config["interpolation"], crop_pct=data_config["crop_pct"])
+    evaluation = make(is_training=False, **{k: data_config[k] for k in ("interpolation", "crop_pct", "crop_mode")})
     return Views(labelled, weak, strong), evaluation
 
 
@@ -298,7 +272,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     config = {k: v for k, v in vars(args).items() if k != "resume"}
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = init_distributed_device(args)
-    random_seed(args.seed, args.rank)
+    random_seed(args.seed)  # alike on all ranks, which start from one student and one teacher
     for module in args.device_modules or []:
         importlib.import_module(module)
     checkpoint = read_checkpoint(args, folder)
@@ -306,10 +280,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{folder} holds a run already: add --resume auto to go on, or name another --experiment")
 
     # Data
-    source, val_source, split = open_data(args, folder if checkpoint else None)
+    split_folder = folder if args.resume == "auto" else Path(args.resume).parent
+    source, val_source, split = open_data(args, split_folder if checkpoint else None)
     num_classes = split.num_classes
-    class_names = val_source.class_names or source.class_names
-    counts = split.labels_per_class.tolist()
+    class_names = source.class_names
+    used = split.labels[np.union1d(split.labelled, split.unlabelled)]
+    counts = np.bincount(used[used >= 0], minlength=num_classes).tolist()  # for the many, medium and few groups
 
     # Student
     model = create_student(args, num_classes).to(device)
@@ -334,6 +310,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=epoch_updates)
     amp_dtype = getattr(torch, args.amp_dtype)
+    if args.amp and device.type == "cpu" and amp_dtype is torch.float16:
+        raise ValueError("--amp-dtype float16 needs a GPU, whose gradients are scaled: give --amp-dtype bfloat16")
     autocast = partial(torch.autocast, device.type, dtype=amp_dtype) if args.amp else nullcontext
     scaler = NativeScaler() if args.amp and device.type == "cuda" and amp_dtype is torch.float16 else None
     clip = {"clip_grad": args.clip_grad, "clip_mode": args.clip_mode}
@@ -365,12 +343,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     # Resume
     if checkpoint:
-        task.load_checkpoint_state(checkpoint["state_dict"], checkpoint.get("task_state"))
-        task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
-        if not args.no_resume_opt:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if scaler is not None and "amp_scaler" in checkpoint:
-                scaler.load_state_dict(checkpoint["amp_scaler"])
+        try:
+            task.load_checkpoint_state(checkpoint["state_dict"], checkpoint.get("task_state"))
+            task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
+            if not args.no_resume_opt:
+                optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"--resume {args.resume}: not a checkpoint of this run ({args.model}): {error}") from error
+        if scaler is not None and "amp_scaler" in checkpoint and not args.no_resume_opt:
+            scaler.load_state_dict(checkpoint["amp_scaler"])
     if args.start_epoch is not None:
         task.num_updates = args.start_epoch * epoch_updates
     task.trainable_module_ema.attach(optimizer, model)
@@ -447,6 +428,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         metric = None
         row = {"student_top1": None, "top1": None, "top5": None, "balanced_acc": None, "worst_class_recall": None}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
+            if saver:
+                saver.save_recovery(epoch, task.num_updates)  # an unreadable validation image must not cost the epoch
             student = evaluate(task.get_eval_model(), eval_loader, num_classes, device, autocast, counts)
             teacher = evaluate(task.get_eval_model(ema=True), eval_loader, num_classes, device, autocast, counts)
             metric = teacher[args.eval_metric]
@@ -458,26 +441,30 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             columns = {name: means.get(name) for name in ("loss_labelled", "loss_unlabelled", "kept_share", "alpha")}
             lr = optimizer.param_groups[0]["lr"]
             update_summary(epoch, columns, row, summary, lr=lr, log_wandb=args.log_wandb)
-            if saver.save_checkpoint(epoch, metric)[1] == epoch:
-                write_text(folder / "best.json", json.dumps({"epoch": epoch, **teacher}))
+            # The model first: killed in between, the epoch is done again and finds the same best.
+            if metric is not None and (saver.best_metric is None or metric > saver.best_metric):
                 save_model(task.trainable_module_ema.module, folder, class_names, data_config)
+                write_text(folder / "best.json", json.dumps({"epoch": epoch, **teacher}))
+            saver.save_checkpoint(epoch, metric)
     log.close()
     if not teacher:  # resumed at its end
         student = evaluate(task.get_eval_model(), eval_loader, num_classes, device, autocast, counts)
         teacher = evaluate(task.get_eval_model(ema=True), eval_loader, num_classes, device, autocast, counts)
 
     # Report
+    best = {}
+    if saver:
+        if not (folder / "best.json").exists():  # no epoch of this run was evaluated before
+            save_model(task.trainable_module_ema.module, folder, class_names, data_config)
+            write_text(folder / "best.json", json.dumps({"epoch": epochs - 1, **teacher}))
+        best = json.loads((folder / "best.json").read_text())
     results = {
         "student": student,
         "teacher": teacher,
-        "best": json.loads((folder / "best.json").read_text()) if saver else {},
+        "best": best,
         "class_names": class_names,
-        "split": {
-            "sha256": split.sha256,
-            "num_labelled": len(split.labelled),
-            "num_unlabelled": len(split.unlabelled),
-            "labels_per_class": counts,
-        },
+        "split": {"sha256": split.sha256, "labels_per_class": split.labels_per_class.tolist()}
+        | {"num_labelled": len(split.labelled), "num_unlabelled": len(split.unlabelled)},
         "unreadable_images": {source.describe(i): n for i, n in loader.unreadable.items()},
         "updates": task.num_updates,
         "seconds": time.perf_counter() - log.start_s,
@@ -487,7 +474,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         title = f"{args.model}, {args.ssl_method}, pseudo-mixup {args.pseudo_mixup}, {len(split.labelled)} labels"
         save_curves(folder / "curves.png", log.records, title)
         log.say(results_table(student, teacher))
-        log.say(f"teacher {args.eval_metric} {teacher[args.eval_metric]:.2f} (last), {saver.best_metric:.2f} (best)")
+        log.say(
+            f"teacher {args.eval_metric} {teacher[args.eval_metric]:.2f} (last), {best[args.eval_metric]:.2f} (best)"
+        )
         log.say(f"{folder}: model.safetensors (best teacher), metrics.json, curves.png")
     return results
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,6 +247,10 @@ BAD = [
     (["--resume", "nowhere/last.pth.tar"], 1, r"no checkpoint at nowhere/last\.pth\.tar"),
     (["--model", "vim_nonesuch"], 1, r"vim_nonesuch"),
     (["--model", "test_vit", "--img-size", "32"], 1, r"ssmixup_c"),
+    (["--amp"], 1, r"--amp-dtype float16 needs a GPU"),
+    (["--mixup", "0.2", "-b", "15"], 2, r"--batch-size must be even, got 15"),
+    (["--pseudo-mixup", "none", "--ssmixup-nu", "0.5"], 2, r"--ssmixup-nu is read only with --pseudo-mixup ss"),
+    (["--ssl-method", "fixmatch", "--lyap-gamma", "5"], 2, r"--lyap-gamma is read only with --ssl-method lyapema"),
 ]
 
 
@@ -282,6 +287,45 @@ def test_config_file_sets_defaults_and_refuses_unknown_keys(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_resume_finds_its_folder_and_split_wherever_the_run_was_put(whole, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(whole[0], folder)
+    results = train_ssl.main(
+        ["-c", str(folder / "args.yaml"), "--experiment", "", "--resume", str(folder / "last.pth.tar")]
+    )
+    assert results["updates"] == 6
+    assert results["teacher"]["top1"] == whole[1]["teacher"]["top1"]
+    with pytest.raises(SystemExit, match=r"not a checkpoint of this run \(semivim_pico\)"):
+        run(tmp_path / "x", "--model", "semivim_pico", "--resume", folder / "last.pth.tar")
+
+
+def test_lists_name_images_of_the_dataset_also_beside_an_unlabelled_folder(image_folder, tmp_path):
+    path = tmp_path / "lt.txt"
+    path.write_text("train/cat/1.png 0\ntrain/dog/2.png 1\n")
+    flags = [
+        "--data-dir",
+        str(image_folder),
+        "--labeled-list",
+        str(path),
+        "--unlabeled-dir",
+        str(image_folder / "more"),
+    ]
+    source, _, split = train_ssl.open_data(train_ssl.parse_args(flags), None)
+    assert [source.describe(i).split("train/")[1] for i in split.labelled] == ["cat/1.png", "dog/2.png"]
+    assert split.labels[split.labelled].tolist() == [0, 1]
+    assert len(split.unlabelled) == 14 + len(list((image_folder / "more" / "deep").iterdir()))
+
+
+def test_validation_images_must_be_others_of_the_same_classes(image_folder, tmp_path):
+    flags = ["--data-dir", image_folder, "--labels-per-class", 2, "-j", 0]
+    with pytest.raises(SystemExit, match="split 'nonesuch' has no folder of its own"):
+        run(tmp_path / "run", *flags, "--val-split", "nonesuch")
+    (image_folder / "odd" / "cat").mkdir(parents=True)
+    shutil.copy(image_folder / "validation" / "cat" / "0.png", image_folder / "odd" / "cat")
+    with pytest.raises(SystemExit, match="training has 2 classes and validation 1, the first that differs is 'dog'"):
+        run(tmp_path / "run", *flags, "--val-split", "odd")
+
+
 @pytest.mark.slow
 def test_two_processes_keep_equal_students_and_split_the_batch(tmp_path):
     command = [
@@ -303,3 +347,37 @@ def test_two_processes_keep_equal_students_and_split_the_batch(tmp_path):
     assert results["updates"] == 6
     confusion = torch.tensor(results["teacher"]["confusion"])
     assert confusion.sum() == 500  # every validation image once, over both processes
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist, train_ssl
+from semivim.task.semi_supervised import SemiSupervisedTask
+update = SemiSupervisedTask.update_ema
+def checked(self, step=None):
+    update(self, step)
+    for name, module in (("student", self.trainable_module), ("teacher", self.trainable_module_ema)):
+        mine = torch.cat([p.detach().flatten() for p in module.parameters()])
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(mine, first), f"{name} of rank {dist.get_rank()} differs at step {step}"
+SemiSupervisedTask.update_ema = checked
+train_ssl.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_ranks_keep_one_student_and_one_teacher(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "ranks.py"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    flags = [*TINY, "--epochs", "1", "--output", str(tmp_path), "--experiment", "ddp", "-b", "2", "--device", "cpu"]
+    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -5,6 +5,7 @@ from semivim.data.list_files import ListedImages, read_list, split_from_lists
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
+    check_sources,
     join_sources,
     open_source,
     open_unlabelled_folder,
@@ -42,6 +43,7 @@ __all__ = [
     "UnreadableImageError",
     "View",
     "Views",
+    "check_sources",
     "complete_split",
     "create_eval_loader",
     "join_sources",

@@ -108,6 +108,25 @@ def open_source(
     return source
 
 
+def check_sources(source: ImageSource, val_source: ImageSource, val_split: str) -> None:
+    """Refuse validation images that are training images, or whose labels mean other classes.
+
+    Raises:
+        ValueError: If the validation folder holds the training folder (timm takes the root where a split has no folder
+            of its own), or the class names differ; the message names the first that does.
+    """
+    if source.root and val_source.root:
+        train, val = (os.path.realpath(s.root or "") for s in (source, val_source))
+        if os.path.commonpath([train, val]) == val:
+            raise ValueError(f"no validation images: split {val_split!r} has no folder of its own below {val}")
+    ours, theirs = source.class_names, val_source.class_names
+    if ours and theirs and ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs)) or [a for a, b in zip(ours, theirs, strict=True) if a != b]
+        raise ValueError(
+            f"training has {len(ours)} classes and validation {len(theirs)}, the first that differs is {odd[0]!r}"
+        )
+
+
 def open_unlabelled_folder(root: str) -> ImageSource:
     """Find every image below a folder; sub-folders mean nothing and no label is known.
 
@@ -265,7 +284,7 @@ def _refuse_empty_folders(source: ImageSource, root: str) -> None:
 def _from_torchvision(dataset: str, opened: Any) -> ImageSource:
     if isinstance(opened, DatasetFolder):
         return _from_class_folders(opened.samples, opened.class_to_idx, str(opened.root))
-    labels = getattr(opened, "targets", None)
+    labels = getattr(opened, "targets", getattr(opened, "labels", None))
     if labels is None:
         raise ValueError(f"dataset {dataset!r} gives no list of labels; wanted {_WORKING_SOURCES}")
     return ImageSource(_PairReader(opened), labels, getattr(opened, "classes", None))

@@ -52,3 +52,26 @@ def add_semi_supervised_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lyap-min-decay", type=share, default=None, help="least decay (mode's)")
     group.add_argument("--lyap-gamma", type=float, default=None, help="sensitivity of the decay (mode's)")
     group.add_argument("--lyap-radius", type=float, default=None, help="relative radius where V is free (mode's)")
+
+
+def check_semi_supervised_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with one line where flags contradict each other, or one is given that nothing would read."""
+    flags = ("label_fraction", "labels_per_class", "imb_n1", "labeled_list")
+    given = ["--" + flag.replace("_", "-") for flag in flags if getattr(args, flag) is not None]
+    if len(given) != 1:
+        wanted = "give one of --label-fraction, --labels-per-class, --imb-n1 or --labeled-list"
+        parser.error(f"{wanted}, got {' and '.join(given) or 'none'}")
+    if args.ssl_method == "supervised" and args.pseudo_mixup != "none":
+        parser.error(f"--pseudo-mixup {args.pseudo_mixup}: --ssl-method supervised has no pseudo-labels to mix")
+    if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
+        parser.error(f"--mixup and --cutmix pair images: --batch-size must be even, got {args.batch_size}")
+    owners = {
+        "--ssl-method lyapema": (args.ssl_method == "lyapema", "lyap_mode lyap_min_decay lyap_gamma lyap_radius"),
+        "--pseudo-mixup ss": (args.pseudo_mixup == "ss", "ssmixup_nu ssmixup_c ssmixup_layers"),
+        "--labeled-list": (args.labeled_list is not None, "unlabeled_list"),
+        "another --ssl-method: lyapema brings its own warm-up": (args.ssl_method != "lyapema", "model_ema_warmup"),
+    }
+    for owner, (on, names) in owners.items():
+        for name in names.split():
+            if not on and getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is read only with {owner}")

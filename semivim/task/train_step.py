@@ -27,6 +27,8 @@ def train_step(
         What the interval's log adds up, and whether the step was taken: it is not where a gradient is not finite.
     """
     sums: dict[str, torch.Tensor] = {}
+    parameters = list(task.get_clip_parameters(exclude_head=clip["clip_mode"] == "agc"))
+    scale = scaler.state_dict()["scale"] if scaler is not None else 1.0
     for i, batch in enumerate(batches):
         image, label = batch.labelled.image.to(device), batch.labelled.label.to(device)
         if mixup is not None:
@@ -39,18 +41,17 @@ def train_step(
                 result = task(image, label, weak, strong)
             loss = result["loss"] / len(batches)
             if scaler is not None:
-                scaler(loss, optimizer, parameters=task.get_clip_parameters(), need_update=last, **clip)
+                scaler(loss, optimizer, parameters=parameters, need_update=last, **clip)
             else:
                 loss.backward()
         add_up(sums, result, batch.unlabelled.label.to(device) if batch.unlabelled else None)
-    if scaler is not None:
-        return sums, True  # the scaler leaves a step out by itself, and LyapEmaV3 sees that
-    parameters = [p for p in task.get_clip_parameters() if p.grad is not None]
-    if not torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite():
+    if scaler is not None:  # it takes the step itself, or leaves it out and lowers its scale
+        return sums, scaler.state_dict()["scale"] >= scale
+    gradients = [p.grad for p in task.get_clip_parameters() if p.grad is not None]
+    if not torch.nn.utils.get_total_norm(gradients).isfinite():
         return sums, False
     if clip["clip_grad"] is not None:
-        excluded = clip["clip_mode"] == "agc"
-        dispatch_clip_grad(task.get_clip_parameters(exclude_head=excluded), clip["clip_grad"], mode=clip["clip_mode"])
+        dispatch_clip_grad(parameters, clip["clip_grad"], mode=clip["clip_mode"])
     optimizer.step()
     return sums, True
 
