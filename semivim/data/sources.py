@@ -15,12 +15,15 @@ from timm.utils.misc import natural_key
 from torchvision.datasets import DatasetFolder
 
 from semivim.data.label_split import UNKNOWN
+from semivim.data.wds_shards import index_shards
 
 # What Pillow raises on files that are not, or no longer, images; a decompression bomb is no OSError.
 _DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
 
-_ITERABLE_PREFIXES = ("wds/", "hfids/", "tfds/")
-_WORKING_SOURCES = "a folder or .tar with one sub-folder a class, 'torch/<name>', 'hfds/<name>' or 'embedded/digits'"
+_ITERABLE_PREFIXES = ("hfids/", "tfds/")
+_WORKING_SOURCES = (
+    "a folder or .tar with one sub-folder a class, 'torch/<name>', 'hfds/<name>', 'wds/<name>', 'embedded/digits'"
+)
 
 
 class UnreadableImageError(RuntimeError):
@@ -84,7 +87,8 @@ def open_source(
     """Open a data set by timm's name for it, or ``embedded/digits``.
 
     Args:
-        dataset: '' or 'folder' for class folders, 'torch/<name>', 'hfds/<name>', 'embedded/digits'.
+        dataset: '' or 'folder' for class folders, 'torch/<name>', 'hfds/<name>', 'wds/<name>' (shards in
+            ``data_dir``), 'embedded/digits'.
         data_dir: Root of the data; a sub-folder named after the split is used where there is one.
         split: Name of the split.
         num_classes: Number of classes that labels must stay below; not checked if None.
@@ -243,6 +247,9 @@ def _open_timm(dataset: str, data_dir: str | None, split: str, **options: Any) -
     needs_folder = not dataset.lower().startswith("hfds/") and not (data_dir and options.get("download"))
     if needs_folder and not os.path.exists(data_dir or ""):
         raise ValueError(f"data_dir {data_dir!r} does not exist (dataset {dataset!r})")
+    if dataset.lower().startswith("wds/"):
+        read, labels, names = index_shards(data_dir or "", split, options.get("input_key"), options.get("target_key"))
+        return ImageSource(read, labels, names=names)
     try:
         opened = create_dataset("" if dataset == "folder" else dataset, root=data_dir, split=split, **options)
     except (AssertionError, ImportError, OSError, RuntimeError) as error:

@@ -125,7 +125,7 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("wds/imagenet", "is a stream: a label split needs images by index; wanted a folder or .tar"),
+        ("hfids/imagenet", "is a stream: a label split needs images by index; wanted a folder or .tar"),
         ("hfids/mnist", "is a stream"),
         ("TFDS/cifar10", "is a stream"),
         ("embedded/letters", "wanted 'embedded/digits'"),
