@@ -36,7 +36,7 @@ class ClassificationMetrics:
         Returns:
             ``top1``, ``top5``, ``balanced_acc`` (mean recall of the classes present), ``worst_class_recall``,
             ``per_class_recall`` (None for a class without images), ``confusion`` (rows: true class), and where
-            ``train_counts`` differ between classes ``many``, ``medium``, ``few``.
+            ``train_counts`` are long-tailed ``many``, ``medium``, ``few``.
         """
         confusion = self.confusion.compute().cpu()
         present = confusion.sum(1) > 0
@@ -60,9 +60,9 @@ def shot_groups(train_counts: Sequence[int], many: int = 100, few: int = 20) -> 
     """Classes with many, medium and few training images.
 
     More than ``many`` and fewer than ``few`` images as in ImageNet-LT; below 100 classes, where those bounds leave
-    groups empty, thirds of the classes by count. Nothing where every class has the same count.
+    groups empty, thirds of the classes by count. Nothing where the largest class is not even twice the smallest.
     """
-    if len(set(train_counts)) < 2:
+    if not train_counts or max(train_counts) < 2 * min(train_counts):
         return {}
     classes = sorted(range(len(train_counts)), key=lambda c: (-train_counts[c], c))
     if len(classes) < 100:

@@ -44,6 +44,7 @@ def test_top5_is_not_top1():
 
 def test_groups_are_imagenet_lt_bounds_or_thirds():
     assert shot_groups([4] * 10) == {}
+    assert shot_groups([127, 133, 129]) == {}
     assert shot_groups([]) == {}
     assert shot_groups([1, 9, 5]) == {"many": [1], "medium": [2], "few": [0]}
     groups = shot_groups([101] * 40 + [100] * 30 + [20] * 10 + [19] * 20)
