@@ -1,7 +1,7 @@
 """Mean and spread of every method on the same splits; each seed is another split and another initialisation.
 
     python benchmarks/ssl_methods.py --seeds 3                    the demo's digits, 4 labels a class
-    python benchmarks/ssl_methods.py --seeds 1 --fashion-mnist DIR --output output/fashion
+    python benchmarks/ssl_methods.py --seeds 1 --fashion-mnist DIR
                                                                   long-tailed Fashion-MNIST in torchvision's layout
 
 Fashion-MNIST as Debian's ``dataset-fashion-mnist`` ships it becomes DIR by
@@ -62,9 +62,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--output", type=Path, default=Path("output/ssl_methods"))
+    parser.add_argument("--output", type=Path, default=None, help="folder of the runs (output/ssl_methods/DATA)")
     parser.add_argument("--fashion-mnist", metavar="DIR", help="train on long-tailed Fashion-MNIST instead of digits")
     args, extra = parser.parse_known_args()
+    args.output = args.output or Path("output/ssl_methods") / ("fashion_mnist" if args.fashion_mnist else "digits")
     if args.fashion_mnist:
         extra = [*FASHION, "--data-dir", args.fashion_mnist, *extra]
     with ThreadPoolExecutor(args.jobs) as pool:

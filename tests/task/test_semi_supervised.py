@@ -133,11 +133,20 @@ def test_ssmixup_without_confident_rows_is_the_plain_view():
 
 def test_prob_keeps_by_the_larger_confidence_of_a_pair():
     task = make("ema-teacher", pseudo_mixup="prob", threshold=0.6)
-    seen = {}
-    task.trainable_module.register_forward_pre_hook(lambda _, args: seen.update(rows=args[0]))
-    result = task(*batch())
-    assert seen["rows"].shape[0] == 8
-    assert result["loss_unlabelled"].item() > 0 or not result["keep"].any()
+    _, _, _, strong = batch()
+    confidence = torch.tensor([0.9, 0.1, 0.1, 0.1, 0.1, 0.1])
+    pseudo, keep = torch.zeros(6, dtype=torch.int64), confidence > 0.6
+    counts = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        views, target, mixed_keep, readout = task.mix(strong, pseudo, confidence, keep, 2)
+        assert mixed_keep[0]
+        assert views.shape == strong.shape
+        assert target.shape == (6, K)
+        assert readout == {}
+        counts.append(int(mixed_keep.sum()))
+    assert set(counts) <= {1, 2}  # the confident row, and the row it is the partner of
+    assert 2 in counts
 
 
 def test_teacher_stays_in_eval_mode_and_without_gradients():
