@@ -17,9 +17,11 @@ from typing import NamedTuple
 import torch
 from mambapy.pscan import pscan
 from torch import Tensor
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from semivim.ops import bidirectional_conv, bidirectional_scan, scan_numba, selective_scan, vector_numba
+from semivim.ops.linear import linear
 
 
 def least_s(call: Callable[[], object], repeats: int) -> float:
@@ -76,7 +78,7 @@ def channel_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def scan_inputs(b: int, l: int, d: int, n: int) -> list[Tensor]:
-    delta = torch.nn.functional.softplus(torch.randn(b, l, d) - 4)
+    delta = F.softplus(torch.randn(b, l, d) - 4)
     A = -torch.arange(1.0, n + 1).repeat(d, 1)
     tensors = torch.randn(b, l, d), delta, A, torch.randn(b, l, n), torch.randn(b, l, n)
     return [x.requires_grad_() for x in tensors]
@@ -125,10 +127,10 @@ def exps_per_s() -> float:
     return 64 * count / least_s(lambda: _exps(memory.data_ptr(), count), 10)
 
 
-def gemm_per_s() -> float:
+def gemm_per_s(product: Callable[[Tensor, Tensor], Tensor]) -> float:
     """Floating point operations of a large matrix product."""
     a = torch.randn(1024, 1024)
-    return 2 * 1024**3 / least_s(lambda: a @ a, 5)
+    return 2 * 1024**3 / least_s(lambda: product(a, a), 5)
 
 
 def copy_bytes_per_s() -> float:
@@ -192,17 +194,18 @@ def stages(shape: tuple[int, int, int, int], repeats: int, limits: Limits) -> fl
         print(f"{name:24}{forward * 1e3:9.2f} ms{least[0] * 1e3:9.2f}{total * 1e3:9.2f} ms{least[1] * 1e3:9.2f}")
         result = result or forward / (b * l)
     rank = d // 32
-    for name, times, fan_in, fan_out in (
-        ("in_proj", 1, d // 2, 2 * d),
-        ("x_proj, both", 2, d, rank + 2 * n),
-        ("dt_proj, both", 2, rank, d),
-        ("out_proj", 1, d, d // 2),
+    for name, times, product, fan_in, fan_out in (
+        ("in_proj", 1, linear, d // 2, 2 * d),
+        ("x_proj, both", 2, linear, d, rank + 2 * n),
+        ("dt_proj, both", 2, F.linear, rank, d),
+        ("out_proj", 1, linear, d, d // 2),
     ):
-        a, w = torch.randn(b * l, fan_in), torch.randn(fan_out, fan_in)
-        forward = times * least_s(lambda a=a, w=w: torch.nn.functional.linear(a, w), repeats)
+        operands = [torch.randn(b * l, fan_in).requires_grad_(), torch.randn(fan_out, fan_in).requires_grad_()]
+        forward = times * least_s(forward_only(product, operands), repeats)
+        total = times * least_s(both_passes(product, operands), repeats)
         operations, moved = 2 * b * l * fan_in * fan_out, 4 * b * l * (fan_in + fan_out)
         limit = times * max(operations / limits.gemm, moved / limits.bandwidth)
-        print(f"{name:24}{forward * 1e3:9.2f} ms{limit * 1e3:9.2f}")
+        print(f"{name:24}{forward * 1e3:9.2f} ms{limit * 1e3:9.2f}{total * 1e3:9.2f} ms{3 * limit * 1e3:9.2f}")
     return result
 
 
@@ -215,9 +218,10 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     assert not scan_numba.unavailable(torch.device("cpu"))
-    limits = Limits(exps_per_s(), copy_bytes_per_s(), gemm_per_s())
+    limits = Limits(exps_per_s(), copy_bytes_per_s(), gemm_per_s(linear))
     print(f"torch {torch.__version__}, one thread: {limits.exps / 1e9:.1f} G exponentials/s,", end=" ")
-    print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, GEMM {limits.gemm / 1e9:.0f} GFLOP/s")
+    print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, GEMM {limits.gemm / 1e9:.0f} GFLOP/s", end=" ")
+    print(f"(torch's own {gemm_per_s(F.linear) / 1e9:.0f})")
     shape = tuple(args.shape)
     if not args.stages:
         compare(shape, args.repeats)

@@ -2,8 +2,9 @@
 
 Usage: OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/vim.py [--repeats 5] [--large]
 
-- vim_tiny_patch16_224, batch 8: forward and training step against the same model on the token loop, with mamba.py's
-  `pscan` (package mambapy) as its scan, and against timm's vit_tiny_patch16_224 grown to the same depth.
+- vim_tiny_patch16_224, batch 8: forward and training step against timm's vit_tiny_patch16_224 grown to the same depth,
+  and against the same model with other scans: mamba.py's `pscan` (package mambapy), the token loop of mamba-ssm's plain
+  version (forward only: a training step takes minutes), our own leaner one.
 - What SSMixup's hidden-state mixing adds to a training step, for each reading of C.
 - ``--large``: one image of 1248 x 1248 against deit_tiny_patch16_224 at that size, time and peak memory.
 
@@ -14,7 +15,7 @@ processes disturb little.
 import argparse
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import timm
 import torch
-from mambapy.pscan import pscan
+from scan import by_pscan, token_loop
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,16 +57,12 @@ def step(model: nn.Module, x: Tensor, *mix: Tensor) -> None:
 
 
 @contextmanager
-def scan_by_mambapy():
-    """Let the mixer scan both directions with mamba.py's parallel scan."""
+def scan_by(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Let the mixer scan each direction with a function of u, delta, A, B, C (see benchmarks/scan.py)."""
 
     def one_way(u, delta, bc, A, delta_bias, reverse):
-        n = A.shape[1]
         u, delta, bc = (v.flip(1) if reverse else v for v in (u, delta, bc))
-        delta = F.softplus(delta + delta_bias)
-        decay = torch.exp(delta.unsqueeze(-1) * A)
-        h = pscan(decay, (delta * u).unsqueeze(-1) * bc[..., None, :n])
-        s = (h @ bc[..., n:].unsqueeze(-1)).squeeze(-1)
+        s = function(u, F.softplus(delta + delta_bias), A, *bc.chunk(2, -1))
         return s.flip(1) if reverse else s
 
     def scan(operands, _psi, _nu):
@@ -93,21 +90,22 @@ def compare_224(repeats: int) -> None:
     x = torch.randn(BATCH, 3, SIZE, SIZE)
     vim = timm.create_model("vim_tiny_patch16_224").eval()
     vit = timm.create_model("vit_tiny_patch16_224", depth=24).eval()
-    with torch.no_grad(), scan_by_mambapy():
-        other = vim(x)
-    assert (vim(x) - other).abs().max() < 1e-4, "the scans disagree"
-    loop = partial(semivim.use_backend, "reference")
-    for title, run in (("forward", forward), ("training step", step)):
-        times = seconds(
-            {
-                "vim_tiny_patch16_224": partial(run, vim, x),
-                "vit_tiny_patch16_224, depth 24": partial(run, vit, x),
-                "the same Vim, mamba.py's pscan": within(scan_by_mambapy, partial(run, vim, x)),
-                "the same Vim, token loop": within(loop, partial(run, vim, x)),
-            },
-            repeats,
-        )
-        report(f"{title}, batch {BATCH}, {SIZE} x {SIZE}", times)
+    scans = {
+        "mamba.py's pscan": partial(scan_by, by_pscan),
+        "our own token loop": partial(semivim.use_backend, "reference"),
+        "mamba-ssm's plain token loop": partial(scan_by, token_loop),
+    }
+    for name, context in scans.items():
+        with torch.no_grad(), context():
+            other = vim(x)
+        assert (vim(x) - other).abs().max() < 1e-4, f"{name} and ours disagree"
+    for title, run, others in (("forward", forward, scans), ("training step", step, list(scans)[:2])):
+        runs: dict[str, Callable[[], object]] = {
+            "vim_tiny_patch16_224": partial(run, vim, x),
+            "vit_tiny_patch16_224, depth 24": partial(run, vit, x),
+        }
+        runs |= {f"the same Vim, {name}": within(scans[name], partial(run, vim, x)) for name in others}
+        report(f"{title}, batch {BATCH}, {SIZE} x {SIZE}", seconds(runs, repeats))
 
 
 def compare_mixing(repeats: int) -> None:

@@ -12,6 +12,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from semivim.layers.linear import Linear
 from semivim.ops import onnx_graph
 from semivim.ops.causal_conv import bidirectional_conv
 from semivim.ops.scan import bidirectional_scan, selective_scan
@@ -147,15 +148,15 @@ class BidirectionalMamba(nn.Module):
         self.D = nn.Parameter(torch.empty(inner, **dd))
         self.A_b_log = nn.Parameter(torch.empty(inner, d_state, **dd))
         self.D_b = nn.Parameter(torch.empty(inner, **dd))
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.in_proj = Linear(dim, 2 * inner, **dd)
         # The convolutions and step-size projections hold parameters only: the ops of forward apply them.
         self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, **dd)
-        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False, **dd)
+        self.x_proj = Linear(inner, rank + 2 * d_state, **dd)
         self.dt_proj = nn.Linear(rank, inner, **dd)
         self.conv1d_b = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, **dd)
-        self.x_proj_b = nn.Linear(inner, rank + 2 * d_state, bias=False, **dd)
+        self.x_proj_b = Linear(inner, rank + 2 * d_state, **dd)
         self.dt_proj_b = nn.Linear(rank, inner, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.out_proj = Linear(inner, dim, **dd)
         self._init_ssm()
 
     @torch.jit.ignore

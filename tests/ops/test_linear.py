@@ -1,0 +1,140 @@
+"""The oneDNN product against `torch.nn.functional.linear`, in value, gradients and where it must step aside."""
+
+import platform
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from semivim.ops.linear import linear
+from tests.tolerance import assert_close
+
+SHAPES = [((8, 197, 192), 768), ((1, 700, 384), 44), ((3, 1, 12), 80), ((5, 7), 3), ((1, 1), 1), ((2, 3, 4, 70), 65)]
+on_x86 = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="torch takes oneDNN elsewhere"
+)
+
+
+def operands(shape, out, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(out)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.randn(out, shape[-1], generator=generator).to(dtype)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+def kernels(call):
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    return {event.key for event in profiler.key_averages()}
+
+
+@pytest.mark.parametrize(("shape", "out"), SHAPES)
+def test_product_and_gradients_are_those_of_torch(shape, out):
+    x, weight = operands(shape, out)
+    y, expected = linear(x, weight), F.linear(x, weight)
+    assert y.is_contiguous()
+    assert_close("y", y, expected)
+    grad = torch.randn_like(y)
+    for name, ours, theirs in zip(
+        ("dx", "dweight"),
+        torch.autograd.grad(y, (x, weight), grad),
+        torch.autograd.grad(expected, (x, weight), grad),
+        strict=True,
+    ):
+        assert_close(name, ours, theirs)
+
+
+def test_strided_operands_and_gradient():
+    x, weight = operands((4, 50, 140), 96)
+    rows, matrix = x[:, ::2, ::2], weight[:, :70]
+    y, expected = linear(rows, matrix), F.linear(rows, matrix)
+    assert_close("y", y, expected)
+    grad = torch.randn(96, 25, 4).permute(2, 1, 0)
+    ours, theirs = (torch.autograd.grad(out, (x, weight), grad) for out in (y, expected))
+    assert_close("dx", ours[0], theirs[0])
+    assert_close("dweight", ours[1], theirs[1])
+
+
+def test_only_the_wanted_gradient_is_computed():
+    x, weight = operands((4, 50, 70), 96)
+    assert_close("dx", torch.autograd.grad(linear(x, weight.detach()).sum(), x)[0], weight.sum(0).expand_as(x))
+    expected = x.detach().sum((0, 1)).expand_as(weight)
+    assert_close("dweight", torch.autograd.grad(linear(x.detach(), weight).sum(), weight)[0], expected, "float32_grad")
+
+
+def test_second_derivative():
+    x, weight = operands((4, 30, 70), 66)
+
+    def second(product):
+        dx = torch.autograd.grad(product(x, weight).pow(3).sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(dx.square().sum(), weight)[0]
+
+    assert_close("second", second(linear), second(F.linear), "float32_grad")
+
+
+@on_x86
+def test_one_image_on_one_thread_runs_in_onednn_both_ways():
+    x, weight = operands((1, 197, 192), 768)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ran = kernels(lambda: linear(x, weight).sum().backward())
+    finally:
+        torch.set_num_threads(threads)
+    assert "aten::mkldnn_convolution" in ran
+    assert not {"aten::mm", "aten::addmm", "aten::convolution_backward"} & ran
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_torchs_product_to_the_bit(dtype):
+    x, weight = operands((3, 9, 64), 80, dtype)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_autocast_holds():
+    x, weight = operands((3, 9, 64), 80)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, F.linear(x.bfloat16(), weight.bfloat16()))
+
+
+def test_no_rows():
+    x, weight = operands((0, 5, 64), 80)
+    y = linear(x, weight)
+    assert y.shape == (0, 5, 80)
+    y.sum().backward()
+    assert not weight.grad.any()
+
+
+def test_a_subclassed_weight_brings_its_own_product():
+    class Doubling(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is F.linear:
+                return 2 * F.linear(args[0], args[1].as_subclass(torch.Tensor))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    x, weight = operands((3, 64), 80)
+    assert_close("y", linear(x, weight.detach().as_subclass(Doubling)), 2 * F.linear(x, weight))
+
+
+def test_compiled_in_one_graph():
+    x, weight = operands((2, 30, 64), 80)
+
+    def gradients(product):
+        return torch.autograd.grad(product(x, weight).square().sum(), (x, weight))
+
+    ours, theirs = gradients(torch.compile(linear, fullgraph=True, backend="aot_eager")), gradients(F.linear)
+    assert_close("dx", ours[0], theirs[0])
+    assert_close("dweight", ours[1], theirs[1])
+
+
+def test_exported_programs_hold_a_plain_linear():
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight):
+            return linear(x, weight)
+
+    program = torch.export.export(Layer(), operands((2, 30, 64), 80))
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
