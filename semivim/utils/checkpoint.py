@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import struct
 import tempfile
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,14 +76,47 @@ class AtomicCheckpointSaver(CheckpointSaver):
         return max((str(f) for f in files if f.is_file()), key=os.path.getmtime, default="")
 
 
-def load_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a training checkpoint without running any code it may hold.
+# What torch's restricted unpickler raises for files that are no checkpoints, found by feeding it damaged ones.
+_UNREADABLE = (
+    OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
+    ArithmeticError, struct.error, UnpicklingError,
+)  # fmt: skip
+
+
+def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a file of ``torch.save`` without running any code it may hold; an ``argparse.Namespace`` may be inside.
 
     Args:
-        path: File written by :class:`AtomicCheckpointSaver`.
+        path: The file.
 
     Returns:
-        The checkpoint, tensors on the CPU.
+        What it holds, tensors on the CPU.
+
+    Raises:
+        ValueError: If the file is missing, damaged, no torch file, or holds anything but a dict; one line names it.
+    """
+    try:
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says it all
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif isinstance(error, UnpicklingError):  # without torch's advice to load it unrestricted
+            reason = str(error.__context__ or error)
+        elif isinstance(error, RuntimeError):
+            reason = str(error)
+        else:
+            reason = f"damaged, or of another kind ({type(error).__name__})"
+        first_line = reason.strip().partition("\n")[0]
+        raise ValueError(f"{path} is not a readable torch file: {first_line}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, wanted a dict of weights or of a training state")
+    return content
+
+
+def load_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a file written by :class:`AtomicCheckpointSaver` (see :func:`load_untrusted`).
 
     Raises:
         ValueError: If the file is missing, truncated, or not a training checkpoint; the message names it.
@@ -89,13 +124,8 @@ def load_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not os.path.isfile(path):
         near = sorted(str(f) for f in Path(path).parent.glob("*.pth.tar"))
         raise ValueError(f"no checkpoint at {path}" + (f"; that folder holds {', '.join(near)}" if near else ""))
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError, KeyError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "optimizer" not in checkpoint:
+    checkpoint = load_untrusted(path)
+    if "state_dict" not in checkpoint or "optimizer" not in checkpoint:
         raise ValueError(f"{path} is not a training checkpoint: it lacks state_dict or optimizer")
     return checkpoint
 

@@ -15,6 +15,7 @@ from semivim.utils.checkpoint import (
     AtomicCheckpointSaver,
     atomic_path,
     load_training_checkpoint,
+    load_untrusted,
     save_model,
     write_text,
 )
@@ -115,6 +116,41 @@ def test_unreadable_and_unsafe_files_are_named(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ValueError, match="that folder holds .*last"):
         load_training_checkpoint(tmp_path / "absent.pth.tar")
+
+
+NOT_CHECKPOINTS = {
+    "text": b"hello world\n this is text",
+    "page": b"<html><body>not found</body></html>",
+    "empty": b"",
+    "cut float": b"GxF\x8c\xd6\xfc",
+    "not utf-8": b"\x80\xcc\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03",
+    "empty stack": b"\x80Q\x85",
+    "code": pickle.dumps(Evil(), protocol=2),
+}
+
+
+@pytest.mark.parametrize("content", NOT_CHECKPOINTS.values(), ids=NOT_CHECKPOINTS)
+def test_any_file_that_torch_cannot_read_is_one_line(content, tmp_path):
+    (tmp_path / "f.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^\S+f\.pth is not a readable torch file: [^\n]+$") as error:
+        load_untrusted(tmp_path / "f.pth")
+    assert "Weights only" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [3, [1, 2], torch.zeros(2)], ids=["int", "list", "tensor"])
+def test_a_torch_file_of_anything_but_a_dict_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "f.pth")
+    with pytest.raises(ValueError, match=rf"f\.pth holds a {type(content).__name__}, wanted a dict"):
+        load_untrusted(tmp_path / "f.pth")
+
+
+def test_missing_files_and_folders_are_named_and_a_namespace_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.pth is not a readable torch file: No such file"):
+        load_untrusted(tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match=r"is not a readable torch file: Is a directory"):
+        load_untrusted(tmp_path)
+    torch.save({"args": Namespace(lr=0.1)}, tmp_path / "f.pth")
+    assert load_untrusted(str(tmp_path / "f.pth"))["args"].lr == 0.1
 
 
 def test_saved_model_is_what_timm_loads(tmp_path):
