@@ -5,9 +5,9 @@ Zhu et al. 2024, "Vision Mamba: Efficient Visual Representation Learning with Bi
 released ones; outside they are timm's (``blocks.i``, ``norm``).
 
 Differences from the release: a token model in timm's sense (`forward_features` returns all tokens); ``drop_rate``
-acts before the head and ``pos_drop_rate`` after the position embedding; A_log, A_b_log, D and D_b are not decayed
-(the release means so, but its mark on them is never read); the position embedding is resampled around the middle
-class token. ``semivim_*`` are the same backbone with SSMixup's read-out of the hidden states (Semi-ViM Eq. 14-16).
+acts before the head, not after the position embedding; A_log, A_b_log, D and D_b are not decayed (the release means so,
+but its mark on them is never read); the position embedding is resampled around the middle class token. ``semivim_*``
+are the same backbone with SSMixup's read-out of the hidden states (Semi-ViM Eq. 14-16).
 """
 
 import math
@@ -74,9 +74,7 @@ class Vim(nn.Module):
         global_pool: ``token`` (class token), ``avg`` (mean of the patches) or empty for all tokens.
         embed_dim: Channels of a token.
         depth: Number of blocks.
-        class_token: Whether there is a class token, in the middle of the patches.
         drop_rate: Dropout before the head.
-        pos_drop_rate: Dropout after the position embedding.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
         dynamic_img_size: Take any input size; the position embedding is resampled on the fly.
         ssmixup_c: The C that reads the mixed hidden states (see `BidirectionalMamba`); None for a plain Vim, which
@@ -97,9 +95,7 @@ class Vim(nn.Module):
         global_pool: str = "token",
         embed_dim: int = 192,
         depth: int = 24,
-        class_token: bool = True,
         drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
         ssmixup_c: str | None = None,
@@ -113,8 +109,7 @@ class Vim(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.has_class_token = class_token
-        self.num_prefix_tokens = int(class_token)
+        self.num_prefix_tokens = 1
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
         self.mixes = first_mixing < depth
@@ -134,9 +129,8 @@ class Vim(nn.Module):
         else:
             self.patch_embed = OverlapPatchEmbed(stride=patch_stride, **embed_args)
         slots = self.patch_embed.num_patches + self.num_prefix_tokens
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, slots, embed_dim, **dd))
-        self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.Sequential(
             *[
                 Block(embed_dim, rate, ssmixup_c if i >= first_mixing else None, **dd)  # type: ignore[arg-type]
@@ -168,8 +162,7 @@ class Vim(nn.Module):
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.cls_token, std=0.02)
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
@@ -195,9 +188,8 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def _set_global_pool(self, global_pool: str) -> None:
-        allowed = ("", "avg", "token") if self.has_class_token else ("", "avg")
-        if global_pool not in allowed:
-            raise ValueError(f"global_pool is {global_pool!r}, wanted one of {allowed}")
+        if global_pool not in ("", "avg", "token"):
+            raise ValueError(f"global_pool is {global_pool!r}, wanted 'token', 'avg' or ''")
         self.global_pool = global_pool
 
     @torch.jit.ignore
@@ -221,7 +213,7 @@ class Vim(nn.Module):
         """
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
-        pos_embed = resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, old_grid, self.has_class_token)
+        pos_embed = resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, old_grid)
         if pos_embed is not self.pos_embed:
             self.pos_embed = nn.Parameter(pos_embed.detach(), requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
@@ -232,11 +224,10 @@ class Vim(nn.Module):
         pos_embed = self.pos_embed
         if self.dynamic_img_size:
             grid = (x.shape[2], x.shape[3])
-            pos_embed = resample_pos_embed(pos_embed, grid, self.patch_embed.grid_size, self.has_class_token)
+            pos_embed = resample_pos_embed(pos_embed, grid, self.patch_embed.grid_size)
         x = x.flatten(2).transpose(1, 2)
-        if self.cls_token is not None:
-            x = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1))
-        return self.pos_drop(x + pos_embed)
+        x = insert_middle(x, self.cls_token.expand(x.shape[0], -1, -1))
+        return x + pos_embed
 
     def _check_mix(self, psi: Tensor | None, nu: Tensor | None) -> None:
         # isinstance, not `is None`: while torch.fx traces, both are proxies.
@@ -291,11 +282,11 @@ class Vim(nn.Module):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if i in take:
                 taken.append(self.norm(x) if norm else x)
-        split = [remove_middle(y) if self.has_class_token else (y, None) for y in taken]
+        split = [remove_middle(y) for y in taken]
         maps = [patches for patches, _ in split]
         if output_fmt == "NCHW":
             maps = [y.transpose(1, 2).reshape(y.shape[0], -1, rows, columns).contiguous() for y in maps]
-        if return_prefix_tokens and self.has_class_token:
+        if return_prefix_tokens:
             maps = list(zip(maps, (token for _, token in split), strict=True))
         return maps if intermediates_only else (self.norm(x), maps)
 
@@ -326,9 +317,7 @@ class Vim(nn.Module):
         if self.global_pool == "token":
             return x[:, (x.shape[1] - 1) // 2]
         if self.global_pool == "avg":
-            if self.has_class_token:
-                x = remove_middle(x)[0]
-            return x.mean(dim=1)
+            return remove_middle(x)[0].mean(dim=1)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -32,28 +32,51 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any, container: str 
         State dict with our names, the position embedding resampled where the patch grids differ.
 
     Raises:
-        ValueError: If a training state lacks ``container``, a key belongs to no parameter of ``model`` (the message
-            names them), or the grid of the position embedding cannot be told.
+        ValueError: If a training state lacks ``container``, this holds anything but named tensors, a name belongs to no
+            parameter of ``model`` (the message names them), or the grid of the position embedding cannot be told.
     """
+    where = "checkpoint"
     if not all(isinstance(value, Tensor) for value in state_dict.values()):
+        where = container
         if container not in state_dict:
-            raise ValueError(f"training state has the entries {sorted(state_dict)}, wanted {container!r} among them")
+            entries = ", ".join(map(str, state_dict))
+            raise ValueError(f"training state has the entries {entries}, wanted {container!r} among them")
         state_dict = state_dict[container]
     state_dict = {
         _RELEASED_NAME.sub(lambda found: _RELEASED_NAMES[found.group()], name): value
-        for name, value in clean_state_dict(state_dict).items()
+        for name, value in named_tensors(state_dict, where).items()
     }
     unknown = sorted(set(state_dict) - set(model.state_dict()) - _HEAD)
     if unknown:
         raise ValueError(f"checkpoint has {len(unknown)} keys that the model lacks: {', '.join(unknown)}")
     if "pos_embed" in state_dict:
-        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], "cls_token" in state_dict, model)
+        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model)
     return state_dict
 
 
-def _fit_pos_embed(pos_embed: Tensor, class_token: bool, model: Any) -> Tensor:
+def named_tensors(weights: Any, where: str) -> dict[str, Tensor]:
+    """Give the tensors of an untrusted state dict, names cleared of wrappers' prefixes.
+
+    Args:
+        weights: What should be a state dict.
+        where: Its place, named in the error.
+
+    Raises:
+        ValueError: If it is anything but a dict of tensors by name.
+    """
+    if not isinstance(weights, dict):
+        raise ValueError(f"{where}: wanted a dict of tensors, got {type(weights).__name__}")
+    for name, value in weights.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ValueError(f"{where}: wanted tensors by name, got {type(value).__name__} under {name!r}")
+    return clean_state_dict(weights)
+
+
+def _fit_pos_embed(pos_embed: Tensor, model: Any) -> Tensor:
     """Resample a checkpoint's position embedding to the model's patch grid."""
-    grid, num_patches = model.patch_embed.grid_size, pos_embed.shape[1] - int(class_token)
+    if pos_embed.ndim != 3:
+        raise ValueError(f"pos_embed has shape {tuple(pos_embed.shape)}, wanted (1, patches + 1, {model.embed_dim})")
+    grid, num_patches = model.patch_embed.grid_size, pos_embed.shape[1] - 1
     source_size = getattr(model, "pretrained_model_args", {}).get("img_size")
     side = math.isqrt(num_patches)
     candidates = [grid, (side, side)]
@@ -61,7 +84,7 @@ def _fit_pos_embed(pos_embed: Tensor, class_token: bool, model: Any) -> Tensor:
         candidates.insert(0, model.patch_embed.dynamic_feat_size(to_2tuple(source_size)))
     for source in candidates:
         if source[0] * source[1] == num_patches:
-            return resample_pos_embed(pos_embed, grid, source, class_token)
+            return resample_pos_embed(pos_embed, grid, source)
     raise ValueError(f"pos_embed has {num_patches} patch positions, wanted a square number or {grid[0]} x {grid[1]}")
 
 

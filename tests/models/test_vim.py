@@ -183,7 +183,6 @@ def test_a_plain_vim_refuses_mixing():
         ({"ssmixup_c": "own", "ssmixup_layers": 4}, "wanted 1 to 3"),
         ({"ssmixup_c": "all"}, "ssmixup_c is 'all'"),
         ({"global_pool": "max"}, "global_pool is 'max'"),
-        ({"class_token": False}, "global_pool is 'token'"),
     ],
 )
 def test_contradicting_arguments_are_named(kwargs, message):
@@ -191,11 +190,10 @@ def test_contradicting_arguments_are_named(kwargs, message):
         Vim(**NANO, **kwargs)
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-def test_average_pooling_leaves_the_class_token_out(class_token):
-    model = Vim(**NANO, global_pool="avg", class_token=class_token).eval()
-    tokens = torch.randn(2, 16 + class_token, 32)
-    patches = torch.cat([tokens[:, :8], tokens[:, 9:]], 1) if class_token else tokens
+def test_average_pooling_leaves_the_class_token_out():
+    model = Vim(**NANO, global_pool="avg").eval()
+    tokens = torch.randn(2, 17, 32)
+    patches = torch.cat([tokens[:, :8], tokens[:, 9:]], 1)
     assert_close("features", model.forward_head(tokens, pre_logits=True), patches.mean(1))
 
 

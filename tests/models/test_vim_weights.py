@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+from semivim.layers import resample_pos_embed
 from semivim.models import Vim
 from semivim.models.vim_weights import checkpoint_filter_fn
 from tests.hub_client import shared_client, shared_hub
@@ -50,8 +51,23 @@ def test_unknown_keys_are_named(model):
 
 
 def test_a_missing_container_is_named(model):
-    with pytest.raises(ValueError, match=r"\['epoch', 'model'\], wanted 'model_ema'"):
+    with pytest.raises(ValueError, match="entries model, epoch, wanted 'model_ema'"):
         checkpoint_filter_fn({"model": released_weights(model), "epoch": 1}, model, container="model_ema")
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"model": 3}, "model: wanted a dict of tensors, got int"),
+        ({"model": [torch.ones(1)]}, "model: wanted a dict of tensors, got list"),
+        ({"model": {"norm.weight": torch.ones(16), "pos_embed": "x"}}, "model: wanted tensors by name, got str under 'pos_embed'"),
+        ({1: torch.ones(1)}, "checkpoint: wanted tensors by name, got Tensor under 1"),
+        ({"pos_embed": torch.ones(17)}, r"pos_embed has shape \(17,\), wanted \(1, patches \+ 1, 16\)"),
+    ],
+)
+def test_what_are_no_weights_is_named(model, state, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint_filter_fn(state, model)
 
 
 @pytest.mark.parametrize("target", [{"img_size": 64, "patch_stride": 8}, {"img_size": 96}, {"img_size": (32, 64)}])
@@ -74,6 +90,24 @@ def test_a_rectangular_checkpoint_needs_its_size_or_the_same_grid():
         checkpoint_filter_fn(released_weights(source), other)
     other.pretrained_model_args = {"img_size": (64, 96)}
     assert checkpoint_filter_fn(released_weights(source), other)["pos_embed"].shape == other.pos_embed.shape
+
+
+def test_the_recorded_size_goes_before_the_same_grid_and_that_before_a_square():
+    """16 patches fit all three: 2 x 8 where the checkpoint says so, else the model's own grid, 4 x 4 last of all."""
+    wide, tall, square = (Vim(img_size=size, **SMALL) for size in ((32, 128), (128, 32), (64, 64)))
+    weights = {"pos_embed": wide.pos_embed, "cls_token": wide.cls_token}
+
+    def mapped(model):
+        return checkpoint_filter_fn(weights, model)["pos_embed"]
+
+    assert torch.equal(mapped(wide), wide.pos_embed)
+    assert torch.equal(mapped(tall), wide.pos_embed)
+    for model in (tall, square):
+        model.pretrained_model_args = {"img_size": (32, 128)}
+        wanted = resample_pos_embed(wide.pos_embed, model.patch_embed.grid_size, (2, 8))
+        assert torch.equal(mapped(model), wanted) and not torch.equal(wanted, wide.pos_embed)
+    bigger = Vim(img_size=128, **SMALL)
+    assert torch.equal(mapped(bigger), resample_pos_embed(wide.pos_embed, (8, 8), (4, 4)))
 
 
 def test_every_published_tag_says_where_it_comes_from():
