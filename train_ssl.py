@@ -65,6 +65,7 @@ from semivim.task.train_step import accumulate, summarise, train_step
 from semivim.utils import train_flags
 from semivim.utils.checkpoint import AtomicCheckpointSaver, load_training_checkpoint, save_model, write_text
 from semivim.utils.metrics import evaluate
+from semivim.utils.parser import Parser
 from semivim.utils.report import RunLog, results_table, save_curves
 
 try:
@@ -87,9 +88,9 @@ DEMO: dict[str, Any] = {
 }  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Flags shared with timm's train.py first, then our own."""
-    parser = train_flags.Parser(
+    parser = Parser(
         description="Semi-supervised training of a Vision Mamba. Without a dataset it runs a demo on digits.",
         allow_abbrev=False,
     )
@@ -111,10 +112,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = train_flags.parse_flags(parser, argv)
     if not (args.dataset or args.data_dir):
         parser = build_parser()
-        parser.set_defaults(**DEMO)
-        args = train_flags.parse_flags(parser, argv)
+        args = train_flags.parse_flags(parser, argv, DEMO)
     if args.dataset == DEMO["dataset"] and args.ssl_method == "supervised":
         args.pseudo_mixup = "none"  # the demo's value would otherwise have to be switched off by hand
+    train_flags.check_train_flags(parser, args)
     check_semi_supervised_flags(parser, args)
     if args.log_wandb and wandb is None:
         parser.error("--log-wandb: wandb is not installed: pip install 'semivim[logging]'")
@@ -147,18 +148,20 @@ def read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | 
 
 def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[ImageSource, ImageSource, LabelSplit]:
     """Open training and validation images and draw the label split, or read back the one of a resumed run."""
-    options = {"class_map": args.class_map, "download": args.dataset_download, "input_img_mode": args.input_img_mode}
+    options = {"class_map": args.class_map, "download": args.dataset_download}
     options |= {"input_key": args.input_key, "target_key": args.target_key}
     options = {key: value for key, value in options.items() if value}
     if args.dataset_trust_remote_code:
         options["trust_remote_code"] = True
     source = open_source(args.dataset, args.data_dir, args.train_split, args.num_classes, **options)
     val_source = open_source(args.dataset, args.data_dir, args.val_split, args.num_classes, **options)
-    check_sources(source, val_source, args.val_split)
     num_classes = args.num_classes or source.num_classes
+    check_sources(source, val_source, args.val_split, num_classes)
     listed, known = source, len(source)
     if args.unlabeled_dir:
-        source = join_sources(source, open_unlabelled_folder(args.unlabeled_dir))
+        unlabelled_source = open_unlabelled_folder(args.unlabeled_dir)
+        check_sources(unlabelled_source, val_source, args.val_split, num_classes)
+        source = join_sources(source, unlabelled_source)
     include = {"min_per_class": args.min_per_class, "include_labelled": args.unlabeled_include_labeled}
     if split_folder:
         return source, val_source, load_split(split_folder, source.labels, num_classes, source.names)

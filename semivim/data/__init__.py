@@ -9,7 +9,6 @@ from semivim.data.sources import (
     join_sources,
     open_source,
     open_unlabelled_folder,
-    select_images,
 )
 from semivim.data.ssmixup import (
     MixedBatch,
@@ -58,6 +57,5 @@ __all__ = [
     "pair_retained",
     "read_list",
     "save_split",
-    "select_images",
     "split_from_lists",
 ]

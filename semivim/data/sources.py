@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,18 @@ _DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Im
 
 _ITERABLE_PREFIXES = ("hfids/", "tfds/")
 _WORKING_SOURCES = (
-    "a folder or .tar with one sub-folder a class, 'torch/<name>', 'hfds/<name>', 'wds/<name>', 'embedded/digits'"
+    "'' (a folder or .tar with one sub-folder a class), 'torch/<name>', 'hfds/<name>', 'wds/<name>', 'embedded/digits'"
 )
+# What each kind of data set reads of timm's options; timm ignores the others, or fails on them.
+_OPTIONS: dict[str, set[str]] = {
+    "": {"class_map", "input_key"},
+    "torch": {"download"},
+    "hfds": {"class_map", "download", "input_key", "target_key", "trust_remote_code"},
+    "wds": {"input_key", "target_key"},
+    "embedded": set(),
+}
+_TRAIN_SPLITS = ("train", "training")
+_VAL_SPLITS = ("val", "valid", "validation", "eval", "evaluation")
 
 
 class UnreadableImageError(RuntimeError):
@@ -39,6 +49,9 @@ class ImageSource:
         class_names: Names of the classes, in the order of their labels; None where the format has none.
         names: Unique name of each image, a path relative to ``root`` for files; None where images have no names.
         root: Folder that names are relative to.
+
+    Raises:
+        ValueError: If the labels are not one whole number an image.
     """
 
     def __init__(
@@ -50,7 +63,10 @@ class ImageSource:
         root: str | None = None,
     ) -> None:
         self.read = read
-        self.labels = np.asarray(labels, dtype=np.int64)
+        given = np.asarray(labels)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise ValueError(f"labels must be one whole number an image, got {given.dtype} of shape {given.shape}")
+        self.labels = given.astype(np.int64)
         self.class_names = None if class_names is None else list(class_names)
         self.names = None if names is None else list(names)
         self.root = root
@@ -68,14 +84,16 @@ class ImageSource:
         return f"image {index}" if self.names is None else os.path.join(self.root or "", self.names[index])
 
     def image(self, index: int) -> Image.Image:
-        """Decode one image.
+        """Decode one image, to 8 bits of grey ('L') or of each colour ('RGB').
 
         Raises:
-            UnreadableImageError: If the file is missing, not an image, truncated, or over Pillow's size limit.
+            UnreadableImageError: If the file is missing, not an image, truncated, over Pillow's size limit, or of a
+                pixel format that has no 8-bit equivalent.
         """
         try:
             image = self.read(index)
             image.load()
+            image = _to_8_bit(image)
         except _DECODING_ERRORS as error:
             raise UnreadableImageError(f"{self.describe(index)} is unreadable: {error}") from error
         return image
@@ -89,20 +107,22 @@ def open_source(
     Args:
         dataset: '' or 'folder' for class folders, 'torch/<name>', 'hfds/<name>', 'wds/<name>' (shards in
             ``data_dir``), 'embedded/digits'.
-        data_dir: Root of the data; a sub-folder named after the split is used where there is one.
-        split: Name of the split.
+        data_dir: Root of the data, a folder that holds one folder a split, or a .tar.
+        split: Name of the split, with timm's synonyms for folders; '.' is ``data_dir`` itself.
         num_classes: Number of classes that labels must stay below; not checked if None.
         **options: More of timm's ``create_dataset`` arguments (class_map, download, ...).
 
     Raises:
-        ValueError: If the source cannot be read by index, is missing or empty, or has labels out of range.
+        ValueError: If the source cannot be read by index, is missing or empty, does not read one of the options, or has
+            labels out of range.
     """
-    if dataset == "embedded/digits":
-        source = _open_digits(split)
-    elif dataset.startswith("embedded/"):
-        raise ValueError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits'")
+    kind = _kind(dataset)
+    for name in sorted(set(options) - _OPTIONS[kind]):
+        raise ValueError(f"{name}={options[name]!r} is not read with dataset {dataset!r}")
+    if kind == "embedded":
+        source = _open_digits(dataset, data_dir, split)
     else:
-        source = _open_timm(dataset, data_dir, split, **options)
+        source = _open_timm(kind, dataset, data_dir, split, **options)
     if len(source) == 0:
         raise ValueError(f"dataset {dataset!r}, split {split!r}: no images in {data_dir!r}")
     if num_classes is not None and source.num_classes > num_classes:
@@ -112,27 +132,42 @@ def open_source(
     return source
 
 
-def check_sources(source: ImageSource, val_source: ImageSource, val_split: str) -> None:
-    """Refuse validation images that are training images, or whose labels mean other classes.
+def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, num_classes: int | None = None) -> None:
+    """Refuse validation images that are training images, and labels that mean other classes or none.
+
+    Files are the same where their folder is, links to folders resolved; images without names are where all labels and
+    the first image are.
+
+    Args:
+        source: The training set, or other images to train on.
+        val_source: The validation set.
+        val_split: Name of the validation split.
+        num_classes: Number of classes that labels must stay below; those of ``source`` if None.
 
     Raises:
-        ValueError: If the validation folder holds the training folder (timm takes the root where a split has no folder
-            of its own), or the class names differ; the message names the first that does.
+        ValueError: With the folder that both hold, the first class that differs, or the label that is out of range.
     """
-    if source.root and val_source.root:
-        train, val = (os.path.realpath(s.root or "") for s in (source, val_source))
-        if os.path.commonpath([train, val]) == val:
-            raise ValueError(f"no validation images: split {val_split!r} has no folder of its own below {val}")
+    if shared := _shared_images(source, val_source):
+        raise ValueError(f"images to train on are validation images too: split {val_split!r} shares {shared}")
     ours, theirs = source.class_names, val_source.class_names
     if ours and theirs and ours != theirs:
         odd = sorted(set(ours) ^ set(theirs)) or [a for a, b in zip(ours, theirs, strict=True) if a != b]
         raise ValueError(
             f"training has {len(ours)} classes and validation {len(theirs)}, the first that differs is {odd[0]!r}"
         )
+    wanted = num_classes or source.num_classes
+    for role, part in (("training", source), ("validation", val_source)):
+        worst = int(part.labels.argmax())
+        if part.labels[worst] >= wanted:
+            raise ValueError(
+                f"{role} label {part.labels[worst]} of {part.describe(worst)} is out of range for num_classes={wanted}"
+            )
 
 
 def open_unlabelled_folder(root: str) -> ImageSource:
     """Find every image below a folder; sub-folders mean nothing and no label is known.
+
+    Hidden files and folders are left out, and a folder that links lead to again counts once.
 
     Raises:
         ValueError: If the folder is missing or holds no image.
@@ -140,12 +175,19 @@ def open_unlabelled_folder(root: str) -> ImageSource:
     if not os.path.isdir(root):
         raise ValueError(f"unlabelled folder {root!r} is not a directory")
     extensions = get_img_extensions(as_set=True)
-    names = [
-        os.path.relpath(os.path.join(folder, file), root)
-        for folder, _, files in os.walk(root, followlinks=True)
-        for file in files
-        if os.path.splitext(file)[1].lower() in extensions
-    ]
+    names, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # by a link, which may also lead round in a circle
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        names += [
+            os.path.relpath(os.path.join(folder, file), root)
+            for file in files
+            if os.path.splitext(file)[1].lower() in extensions and not file.startswith(".")
+        ]
     if not names:
         raise ValueError(f"unlabelled folder {root!r} holds no image ({', '.join(sorted(extensions))})")
     names.sort(key=natural_key)
@@ -153,7 +195,13 @@ def open_unlabelled_folder(root: str) -> ImageSource:
 
 
 def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
-    """Append the images of one source to another's; the classes are the first one's."""
+    """Append the images of one source to another's; the classes are the first one's.
+
+    Raises:
+        ValueError: If they have images in common, which would count twice.
+    """
+    if shared := _shared_images(first, second):
+        raise ValueError(f"unlabelled images are training images already, and would count twice: both hold {shared}")
     names, root = None, None
     if first.names is not None and second.names is not None and first.root and second.root:
         root = os.path.commonpath([os.path.abspath(first.root), os.path.abspath(second.root)])
@@ -166,19 +214,30 @@ def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
     return ImageSource(_JoinedReader(first, second), labels, first.class_names, names, root)
 
 
-def select_images(source: ImageSource, positions: np.ndarray, labels: np.ndarray | None = None) -> ImageSource:
-    """Keep some images of a source, in the given order.
+def _shared_images(first: ImageSource, second: ImageSource) -> str:
+    """Name what two sources have in common, '' if nothing."""
+    if first.names is None and second.names is None:
+        same = np.array_equal(first.labels, second.labels) and first.image(0) == second.image(0)
+        return f"all its {len(second):,} images" if same else ""
+    return min(_real_folders(first) & _real_folders(second), default="")
 
-    Args:
-        source: Where the images are.
-        positions: The images to keep, ``(n,)``.
-        labels: Their classes, ``(n,)``; the source's where None or -1.
-    """
-    kept = source.labels[positions]
-    if labels is not None:
-        kept = np.where(labels == UNKNOWN, kept, labels)
-    names = None if source.names is None else [source.names[position] for position in positions]
-    return ImageSource(_SelectedReader(source, positions), kept, source.class_names, names, source.root)
+
+def _real_folders(source: ImageSource) -> set[str]:
+    folders = {os.path.dirname(name) for name in source.names or ()}
+    return {os.path.realpath(os.path.join(source.root or "", folder)) for folder in folders}
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Convert to 'L' or 'RGB'; Pillow alone cuts 16-bit values off at 255, which leaves a white image."""
+    if image.mode in ("L", "RGB"):
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"the range of its pixels is not known (mode {image.mode}), wanted 8 or 16 bits a channel")
+    if image.mode == "P":  # Pillow warns of transparency that is lost, not of that which is dropped
+        image = image.convert("RGBA")
+    return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
 class _FileReader:
@@ -199,14 +258,6 @@ class _JoinedReader:
     def __call__(self, index: int) -> Image.Image:
         n = len(self.first)
         return self.first.read(index) if index < n else self.second.read(index - n)
-
-
-class _SelectedReader:
-    def __init__(self, source: ImageSource, positions: np.ndarray) -> None:
-        self.source, self.positions = source, positions
-
-    def __call__(self, index: int) -> Image.Image:
-        return self.source.read(int(self.positions[index]))
 
 
 class _TimmReader:
@@ -239,58 +290,104 @@ class _ArrayReader:
         return Image.fromarray(self.pixels[index])
 
 
-def _open_timm(dataset: str, data_dir: str | None, split: str, **options: Any) -> ImageSource:
+def _kind(dataset: str) -> str:
+    """Prefix of a data set's name, '' for folders; timm takes a name it does not know for a folder."""
+    if dataset in ("", "folder"):
+        return ""
     if dataset.lower().startswith(_ITERABLE_PREFIXES):
         raise ValueError(
             f"dataset {dataset!r} is a stream: a label split needs images by index; wanted {_WORKING_SOURCES}"
         )
-    needs_folder = not dataset.lower().startswith("hfds/") and not (data_dir and options.get("download"))
+    prefix, slash, _ = dataset.partition("/")
+    if not (prefix and slash and prefix.lower() in _OPTIONS):
+        raise ValueError(f"dataset {dataset!r} is not known; wanted {_WORKING_SOURCES}")
+    return prefix.lower()
+
+
+def _split_folder(data_dir: str, split: str) -> str:
+    """Folder of a split; timm takes ``data_dir`` where there is none, so that a typo trains on validation images."""
+    for name in (split, *next((names for names in (_TRAIN_SPLITS, _VAL_SPLITS) if split in names), ())):
+        if os.path.exists(folder := os.path.join(data_dir, name)):
+            return data_dir if name == "." else folder
+    with os.scandir(data_dir) as entries:
+        there = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    raise ValueError(
+        f"split {split!r} has no folder of its own in data_dir {data_dir!r}, which holds "
+        f"{', '.join(there[:10]) or 'no folder'}{', ...' if len(there) > 10 else ''}; '.' is data_dir itself"
+    )
+
+
+def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **options: Any) -> ImageSource:
+    needs_folder = kind != "hfds" and not (data_dir and options.get("download"))
     if needs_folder and not os.path.exists(data_dir or ""):
         raise ValueError(f"data_dir {data_dir!r} does not exist (dataset {dataset!r})")
-    if dataset.lower().startswith("wds/"):
+    if kind == "wds":
         read, labels, names = index_shards(data_dir or "", split, options.get("input_key"), options.get("target_key"))
-        return ImageSource(read, labels, names=names)
+        return ImageSource(read, labels, names=names, root=data_dir)
+    if (not kind or dataset.lower() in ("torch/folder", "torch/image_folder")) and os.path.isdir(data_dir or ""):
+        data_dir = _split_folder(data_dir or "", split)
+    name = "" if dataset == "folder" else dataset
     try:
-        opened = create_dataset("" if dataset == "folder" else dataset, root=data_dir, split=split, **options)
+        opened = create_dataset(name, root=data_dir, split=split, search_split=False, **options)
     except (AssertionError, ImportError, OSError, RuntimeError) as error:
         raise ValueError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {error}") from error
     if not isinstance(opened, ImageDataset):
-        return _from_torchvision(dataset, opened)
+        return _from_torchvision(dataset, opened, split)
     reader = opened.reader
     if isinstance(reader, ReaderImageFolder):
-        source = _from_class_folders(reader.samples, reader.class_to_idx, reader.root)
-        if not options.get("class_map"):
-            _refuse_empty_folders(source, reader.root)
+        source = _from_files(reader.samples, reader.class_to_idx, reader.root)
+        _check_folders(source, reader.root, has_class_map="class_map" in options)
         return source
     if isinstance(reader, ReaderImageInTar):
-        class_names = sorted(reader.class_name_to_idx, key=reader.class_name_to_idx.get)
-        return ImageSource(_TimmReader(reader), reader.targets, class_names, reader.filenames(), reader.root)
-    labels = [UNKNOWN if label is None else label for label in reader.iter_targets()]  # Hugging Face
-    return ImageSource(_TimmReader(reader), labels, sorted(reader.class_to_idx, key=reader.class_to_idx.get))
+        labels, class_names = _classes(reader.targets, reader.class_name_to_idx)
+        return ImageSource(_TimmReader(reader), labels, class_names, reader.filenames(), reader.root)
+    labels, class_names = _classes(reader.iter_targets(), reader.class_to_idx)  # Hugging Face
+    return ImageSource(_TimmReader(reader), labels, class_names)
 
 
-def _from_class_folders(samples: Sequence[tuple[str, int]], class_to_idx: dict[str, int], root: str) -> ImageSource:
-    """Images directly in the root belong to no class: timm gives them a class with an empty name, the first one."""
-    shift = 1 if "" in class_to_idx else 0
+def _from_files(samples: Sequence[tuple[str, int]], class_to_idx: dict[str, int], root: str) -> ImageSource:
     names = [os.path.relpath(path, root) for path, _ in samples]
-    labels = [label - shift for _, label in samples]
-    class_names = sorted(class_to_idx, key=lambda name: class_to_idx[name])[shift:]
-    return ImageSource(_FileReader(root, names), labels, class_names or None, names, root)
+    labels, class_names = _classes([label for _, label in samples], class_to_idx)
+    return ImageSource(_FileReader(root, names), labels, class_names, names, root)
 
 
-def _refuse_empty_folders(source: ImageSource, root: str) -> None:
-    """A class folder without images would silently shift the labels of those after it."""
-    folders = {name.split(os.sep, 1)[0] for name in source.names or () if os.sep in name}
+def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tuple[list[int], list[str] | None]:
+    """Labels, and the names in their order; no names where a class map joins classes or leaves labels out.
+
+    Images directly in the root belong to no class, but timm has them in one called '' ('.' in some tar files). A blank
+    line of a class map makes that class too.
+    """
+    indices = dict(class_to_idx)
+    rootless = next((indices.pop(name) for name in ("", ".") if name in indices), None)
+    labels = [UNKNOWN if label in (None, rootless) else label for label in targets]
+    if rootless is not None:
+        labels = [label - (label > rootless) for label in labels]
+        indices = {name: index - (index > rootless) for name, index in indices.items()}
+    names = sorted(indices, key=indices.__getitem__)
+    return labels, names if names and [indices[name] for name in names] == list(range(len(names))) else None
+
+
+def _check_folders(source: ImageSource, root: str, has_class_map: bool) -> None:
+    """Refuse class folders that timm numbers, or leaves out, otherwise than their owner would expect."""
+    folders = sorted({os.path.dirname(name) for name in source.names or ()} - {""})
+    for folder in folders:
+        if folder.startswith(".") or f"{os.sep}." in folder:
+            raise ValueError(f"hidden folder {os.path.join(root, folder)!r} holds images and would count as a class")
+    if len(_real_folders(source)) < len({os.path.dirname(name) for name in source.names or ()}):
+        raise ValueError(f"links below {root!r} lead to one folder of images by several ways, which would count twice")
     with os.scandir(root) as entries:
-        empty = sorted(entry.name for entry in entries if entry.is_dir() and entry.name not in folders)
-    empty = [name for name in empty if not name.startswith(".")]
-    if empty and folders:
-        raise ValueError(f"class folders without an image in {root!r}: {', '.join(empty[:10])}")
+        there = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+    empty = sorted(there - {folder.split(os.sep, 1)[0] for folder in folders})
+    if empty and folders and not has_class_map:
+        extensions = ", ".join(get_img_extensions())
+        raise ValueError(f"class folders without an image ({extensions}) in {root!r}: {', '.join(empty[:10])}")
 
 
-def _from_torchvision(dataset: str, opened: Any) -> ImageSource:
+def _from_torchvision(dataset: str, opened: Any, split: str) -> ImageSource:
     if isinstance(opened, DatasetFolder):
-        return _from_class_folders(opened.samples, opened.class_to_idx, str(opened.root))
+        return _from_files(opened.samples, opened.class_to_idx, str(opened.root))
+    if getattr(opened, "train", None) is False and split not in (*_VAL_SPLITS, "test"):
+        raise ValueError(f"split {split!r} of {dataset!r} does not exist; wanted 'train' or 'validation'")
     labels = getattr(opened, "targets", getattr(opened, "labels", None))
     if labels is None:
         raise ValueError(f"dataset {dataset!r} gives no list of labels; wanted {_WORKING_SOURCES}")
@@ -301,11 +398,15 @@ _DIGITS_TEST_PER_CLASS = 50
 _DIGITS_PX = 32
 
 
-def _open_digits(split: str) -> ImageSource:
+def _open_digits(dataset: str, data_dir: str | None, split: str) -> ImageSource:
     """Open scikit-learn's 8x8 digits, 1,297 to train on and 50 of each class to test on, drawn once and for all.
 
     The digits are enlarged here rather than by the views: crops of an 8-pixel image know only a handful of positions.
     """
+    if dataset != "embedded/digits":
+        raise ValueError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits'")
+    if data_dir:
+        raise ValueError(f"data_dir={data_dir!r} is not read with dataset {dataset!r}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -316,9 +417,9 @@ def _open_digits(split: str) -> ImageSource:
     for label in range(10):
         members = order[digits.target[order] == label]
         rank[members] = np.arange(len(members))
-    if split in ("train", "training"):
+    if split in _TRAIN_SPLITS:
         chosen = np.flatnonzero(rank >= _DIGITS_TEST_PER_CLASS)
-    elif split in ("val", "valid", "validation", "test", "eval"):
+    elif split in (*_VAL_SPLITS, "test"):
         chosen = np.flatnonzero(rank < _DIGITS_TEST_PER_CLASS)
     else:
         raise ValueError(f"split {split!r} of 'embedded/digits' does not exist; wanted 'train' or 'validation'")

@@ -111,7 +111,7 @@ def test_missing_list(source, tmp_path):
 
 
 def test_ambiguous_file_name(write_images, write_list):
-    source = open_source("", str(write_images(["a/1.png", "b/1.png"])))
+    source = open_source("", str(write_images(["a/1.png", "b/1.png"])), ".")
     with pytest.raises(ValueError, match="'1.png' is the name of several images"):
         read_list(write_list("1.png"), source, 2)
     assert listed_names(source, write_list("b/1.png")) == ["b/1.png"]
@@ -129,7 +129,7 @@ def test_links_out_of_the_root_are_refused(write_images, write_list, tmp_path, w
     else:
         (root / "c").symlink_to(outside)
     (root / "b/inside.png").symlink_to(root / "a/1.png")
-    source = open_source("", str(root))
+    source = open_source("", str(root), ".")
     assert listed_names(source, write_list("b/inside.png")) == ["b/inside.png"]
     with pytest.raises(ValueError, match=r"line 1: 'c/3.png' is a link to .*outside/c/3.png, outside the root"):
         read_list(write_list("c/3.png 2"), source, 3)
@@ -138,7 +138,7 @@ def test_links_out_of_the_root_are_refused(write_images, write_list, tmp_path, w
 def test_root_reached_through_a_link_is_no_escape(write_images, write_list, tmp_path):
     root = write_images(["a/1.png", "b/2.png"])
     (tmp_path / "alias").symlink_to(root)
-    source = open_source("", str(tmp_path / "alias"))
+    source = open_source("", str(tmp_path / "alias"), ".")
     assert listed_names(source, write_list("a/1.png 0")) == ["a/1.png"]
 
 

@@ -1,5 +1,7 @@
 import builtins
 import gzip
+import io
+import pickle
 import struct
 import sys
 import tarfile
@@ -10,11 +12,12 @@ import pytest
 from PIL import Image
 
 from semivim.data.sources import (
+    ImageSource,
     UnreadableImageError,
+    check_sources,
     join_sources,
     open_source,
     open_unlabelled_folder,
-    select_images,
 )
 
 FOLDERS = ["train/cat/1.png", "train/cat/2.png", "train/dog/3.png", "val/cat/4.png", "val/dog/5.png"]
@@ -36,13 +39,13 @@ def test_class_folders(write_images):
 
 
 def test_images_outside_class_folders_have_no_label(write_images):
-    source = open_source("", str(write_images(["cat/1.png", "2.png", "dog/3.png"])))
+    source = open_source("", str(write_images(["cat/1.png", "2.png", "dog/3.png"])), ".")
     assert dict(zip(source.names, source.labels.tolist(), strict=True)) == {"2.png": -1, "cat/1.png": 0, "dog/3.png": 1}
     assert source.class_names == ["cat", "dog"]
 
 
 def test_flat_folder_has_no_labels(write_images):
-    source = open_source("", str(write_images(["b.png", "a.png"])))
+    source = open_source("", str(write_images(["b.png", "a.png"])), ".")
     assert source.labels.tolist() == [-1, -1]
     assert source.num_classes == 0
 
@@ -125,18 +128,51 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("hfids/imagenet", "is a stream: a label split needs images by index; wanted a folder or .tar"),
+        ("hfids/imagenet", "is a stream: a label split needs images by index; wanted '' \\(a folder or .tar"),
         ("hfids/mnist", "is a stream"),
         ("TFDS/cifar10", "is a stream"),
         ("embedded/letters", "wanted 'embedded/digits'"),
+        ("embedded/digits", "data_dir='.*' is not read with dataset 'embedded/digits'"),
+        ("tourch/cifar10", "'tourch/cifar10' is not known; wanted '' .*, 'torch/<name>', 'hfds/<name>', 'wds/<name>'"),
+        ("cifar10", "'cifar10' is not known"),
+        ("/cifar10", "'/cifar10' is not known"),
         ("torch/fashionmnist", "Unknown torchvision dataset fashionmnist"),
         ("torch/cifar10", "dataset 'torch/cifar10' in data_dir .*not found or corrupted"),
-        ("", "Found 0 images"),
     ],
 )
 def test_sources_that_cannot_be(tmp_path, dataset, message):
     with pytest.raises(ValueError, match=message):
         open_source(dataset, str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("embedded/digits", {"class_map": "map.txt"}, "class_map='map.txt' is not read with dataset 'embedded/digits'"),
+        ("torch/fashion_mnist", {"class_map": "map.txt"}, "class_map='map.txt' is not read"),
+        ("torch/fashion_mnist", {"target_key": "coarse"}, "target_key='coarse' is not read"),
+        ("wds/toy", {"class_map": "map.txt"}, "class_map='map.txt' is not read"),
+        ("", {"target_key": "coarse"}, "target_key='coarse' is not read with dataset ''"),
+        ("folder", {"download": True}, "download=True is not read"),
+    ],
+)
+def test_options_that_nothing_reads(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(dataset, None, **options)
+
+
+def test_split_needs_a_folder_of_its_own(write_images):
+    root = write_images(["validation/cat/1.png", "validation/dog/2.png", ".hidden/cat/3.png"])
+    wanted = r"split 'trian' has no folder of its own in data_dir '.*', which holds validation; '\.' is data_dir itself"
+    for dataset in ("", "folder", "torch/image_folder"):
+        with pytest.raises(ValueError, match=wanted):
+            open_source(dataset, str(root), "trian")
+    with pytest.raises(ValueError, match="split 'train' has no folder"):
+        open_source("", str(root))
+    assert len(open_source("", str(root), "val")) == 2  # timm's synonyms
+    assert len(open_source("", str(root / "validation"), ".")) == 2
+    with pytest.raises(ValueError, match="which holds no folder"):
+        open_source("", str(root / "validation" / "cat"))
 
 
 def test_missing_places_are_named(tmp_path):
@@ -161,7 +197,7 @@ def test_more_classes_than_the_model_has(write_images):
 def test_empty_class_folder_would_shift_labels_and_is_refused(write_images):
     root = write_images(["train/cat/1.png", "train/fox/2.png"])
     (root / "train/dog").mkdir()
-    with pytest.raises(ValueError, match="class folders without an image in .*: dog"):
+    with pytest.raises(ValueError, match=r"class folders without an image \(.png, .jpg, .jpeg\) in .*: dog"):
         open_source("", str(root), "train")
 
 
@@ -176,21 +212,169 @@ def test_unlabelled_folder_ignores_sub_folders(write_images):
 
 def test_joined_sources_keep_images_labels_and_names(write_images):
     root = write_images(["lab/cat/1.png", "lab/dog/2.png", "more/3.png"])
-    joined = join_sources(open_source("", str(root / "lab")), open_unlabelled_folder(str(root / "more")))
+    joined = join_sources(open_source("", str(root / "lab"), "."), open_unlabelled_folder(str(root / "more")))
     assert joined.labels.tolist() == [0, 1, -1]
     assert [grey(joined, i) for i in range(3)] == [0, 10, 20]
     assert joined.class_names == ["cat", "dog"]
     assert joined.describe(2) == str(root / "more/3.png")
-    digits = open_source("embedded/digits")
-    assert join_sources(digits, digits).names is None
+    train, test = (open_source("embedded/digits", split=split) for split in ("train", "test"))
+    assert join_sources(train, test).names is None
 
 
-def test_selected_images(write_images):
-    source = open_source("", str(write_images(["a/1.png", "a/2.png", "b/3.png"])))
-    part = select_images(source, np.array([2, 0]), np.array([-1, 0]))
-    assert part.names == ["b/3.png", "a/1.png"]
-    assert part.labels.tolist() == [1, 0]
-    assert [grey(part, i) for i in range(2)] == [20, 0]
+# What may be trained on, and validated on
+
+
+@pytest.fixture
+def data_dir(write_images):
+    return write_images([*FOLDERS, "heap/6.png"])
+
+
+def test_training_on_validation_images_is_refused(data_dir):
+    val = open_source("", str(data_dir), "val")
+    (data_dir / "again").symlink_to(data_dir / "val")
+    (data_dir / "part").mkdir()
+    (data_dir / "part/cat").symlink_to(data_dir / "val/cat")
+    (data_dir / "part/dog").symlink_to(data_dir / "train/dog")
+    sources = [open_source("", str(data_dir), split) for split in ("val", "again", "part")]
+    sources += [open_unlabelled_folder(str(data_dir / folder)) for folder in ("val", "val/cat", "again", ".")]
+    for source in sources:
+        with pytest.raises(ValueError, match=f"split 'val' shares {data_dir}/val/cat"):
+            check_sources(source, val, "val", 2)
+    for source in (open_source("", str(data_dir), "train"), open_unlabelled_folder(str(data_dir / "heap"))):
+        check_sources(source, val, "val", 2)
+
+
+def test_unlabelled_images_may_not_count_twice(data_dir):
+    train = open_source("", str(data_dir), "train")
+    for folder in ("train", "train/dog", "."):
+        with pytest.raises(ValueError, match=f"would count twice: both hold {data_dir}/train/(cat|dog)"):
+            join_sources(train, open_unlabelled_folder(str(data_dir / folder)))
+
+
+def test_images_without_names_are_told_apart_by_labels_and_the_first_image():
+    train, test = (open_source("embedded/digits", split=split) for split in ("train", "validation"))
+    check_sources(train, test, "validation")
+    with pytest.raises(ValueError, match="split 'training' shares all its 1,297 images"):
+        check_sources(train, open_source("embedded/digits", split="training"), "training")
+    other = ImageSource(lambda index: train.image(index + 1), train.labels)
+    check_sources(train, other, "validation")
+
+
+def test_labels_beyond_the_model_are_refused_before_training():
+    def numbered(*labels):
+        return ImageSource(lambda index: Image.new("L", (1, 1), index), labels)
+
+    with pytest.raises(ValueError, match="validation label 3 of image 1 is out of range for num_classes=3"):
+        check_sources(numbered(0, 1, 2), numbered(0, 3), "val")
+    check_sources(numbered(0, 1, 2), numbered(0, 3), "val", 4)
+    with pytest.raises(ValueError, match="training label 4 of image 2 is out of range for num_classes=4"):
+        check_sources(numbered(0, 1, 4), numbered(0, 3), "val", 4)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_class_folder_of_one_split_only(data_dir, split):
+    (data_dir / split / "fox").mkdir(parents=True)
+    (data_dir / "train/cat/1.png").rename(data_dir / split / "fox/1.png")
+    if split == "validation":
+        (data_dir / "val/cat").rename(data_dir / "validation/cat")
+        (data_dir / "val/dog").rename(data_dir / "validation/dog")
+    train, val = (open_source("", str(data_dir), part) for part in ("train", "validation"))
+    with pytest.raises(ValueError, match="the first that differs is 'fox'"):
+        check_sources(train, val, "validation")
+
+
+def test_labels_must_be_whole_numbers():
+    for labels in (["cat"], [0.5], [[1], [2]], [True]):
+        with pytest.raises(ValueError, match="labels must be one whole number an image, got"):
+            ImageSource(None, labels)
+
+
+# Folders as they come
+
+
+def test_class_map(write_images, tmp_path):
+    root = str(write_images(["train/cat/1.png", "train/dog/2.png", "train/fox/3.png", "train/4.png"]))
+    (tmp_path / "map.txt").write_text("dog\nwolf\ncat\n\n")  # a blank last line is no class
+    source = open_source("", root, "train", 3, class_map=str(tmp_path / "map.txt"))
+    assert dict(zip(source.names, source.labels.tolist(), strict=True)) == {
+        "cat/1.png": 2,
+        "dog/2.png": 0,
+        "4.png": -1,
+    }
+    assert source.class_names == ["dog", "wolf", "cat"]
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps({"cat": 5, "dog": 5, "fox": 7}))
+    source = open_source("", root, "train", 8, class_map=str(tmp_path / "map.pkl"))
+    assert sorted(source.labels) == [5, 5, 7]
+    assert source.class_names is None
+    assert source.num_classes == 8
+
+
+def test_odd_file_names(write_images):
+    names = ["train/ca t/ä b.png", "train/ca t/\u202f1\n2.png", "train/dog/\udcff.png"]
+    source = open_source("", str(write_images(names)))
+    assert source.labels.tolist() == [0, 0, 1]
+    assert {grey(source, i) for i in range(3)} == {0, 10, 20}
+
+
+def test_hidden_folder_is_no_class(write_images):
+    root = write_images(["train/cat/1.png", "train/dog/2.png", "train/cat/.ipynb_checkpoints/1.png"])
+    with pytest.raises(ValueError, match="hidden folder '.*/train/cat/.ipynb_checkpoints' holds images"):
+        open_source("", str(root))
+    assert open_unlabelled_folder(str(root / "train")).names == ["cat/1.png", "dog/2.png"]
+
+
+def test_links_in_a_circle(write_images):
+    root = write_images(["train/cat/1.png", "train/dog/2.png", "train/dog/.3.png"])
+    assert open_source("", str(root)).labels.tolist() == [0, 1, 1]
+    (root / "train/dog/round").symlink_to(root / "train")
+    with pytest.raises(ValueError, match="lead to one folder of images by several ways"):
+        open_source("", str(root))
+    assert open_unlabelled_folder(str(root)).names == ["train/cat/1.png", "train/dog/2.png"]
+
+
+def test_tar_of_the_current_folder(write_images, tmp_path):
+    root = write_images(["cat/1.png", "dog/3.png", "2.png"])
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(root, arcname=".")
+    source = open_source("", str(tmp_path / "data.tar"))
+    assert dict(zip(source.names, source.labels.tolist(), strict=True)) == {
+        "./cat/1.png": 0,
+        "./dog/3.png": 1,
+        "./2.png": -1,
+    }
+    assert source.class_names == ["cat", "dog"]
+
+
+# Images as they come
+
+
+def test_every_pixel_format_becomes_8_bits_of_grey_or_colour():
+    def shown(image):
+        image = ImageSource(lambda _: image, [0]).image(0)
+        return image.mode, np.asarray(image).tolist()
+
+    deep = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    assert shown(Image.fromarray(deep)) == ("L", [[0, 0, 1, 128, 255]])
+    assert shown(Image.fromarray(deep.astype(">u2"))) == ("L", [[0, 0, 1, 128, 255]])
+    assert shown(Image.new("1", (1, 1), 1)) == ("L", [[255]])
+    assert shown(Image.new("LA", (1, 1), (7, 0))) == ("L", [[7]])
+    assert shown(Image.new("RGBA", (1, 1), (1, 2, 3, 0))) == ("RGB", [[[1, 2, 3]]])
+    assert shown(Image.new("CMYK", (1, 1), (255, 0, 0, 0))) == ("RGB", [[[0, 255, 255]]])
+    for mode in ("F", "I", "La"):
+        with pytest.raises(UnreadableImageError, match=f"image 0 is unreadable: .*{mode}"):
+            shown(Image.new(mode, (2, 2)))
+
+
+def test_palette_with_transparency_and_moving_pictures():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 8, 7, 1, 2, 3])
+    palette.putpixel((1, 0), 1)
+    files = [io.BytesIO() for _ in range(2)]
+    palette.save(files[0], "PNG", transparency=bytes([0, 128]))
+    palette.save(files[1], "GIF", save_all=True, append_images=[Image.new("P", (2, 1), 1)])
+    for file in files:
+        image = ImageSource(lambda _, file=file: Image.open(file), [0]).image(0)
+        assert np.asarray(image).tolist() == [[[9, 8, 7], [1, 2, 3]]]
 
 
 def _truncated(path):
@@ -221,7 +405,7 @@ def test_unreadable_images_are_named(write_images, damage):
     root = write_images(["a/good.png", "b/bad.png"])
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / "b/bad.png")
-    source = open_source("", str(root))
+    source = open_source("", str(root), ".")
     damage(root / "b/bad.png")
     with pytest.raises(UnreadableImageError, match=r"b/bad.png is unreadable: \S"):
         source.image(1)
