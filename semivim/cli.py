@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from semivim.inference import load_model, predict
 from semivim.utils.hub import publish
-from semivim.utils.train_flags import Parser, positive_int
+from semivim.utils.parser import COUNT, Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,8 +56,8 @@ def _add_predict(parser: Parser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="the pretrained weights of a timm name")
     weights.add_argument("--checkpoint", metavar="FILE", help="weights for a timm name, or a training checkpoint")
-    parser.add_argument("--num-classes", type=positive_int, metavar="N", help="number of classes of --checkpoint")
-    parser.add_argument("--topk", type=positive_int, default=5, metavar="K", help="labels to print (%(default)s)")
+    parser.add_argument("--num-classes", type=COUNT, metavar="N", help="number of classes of --checkpoint")
+    parser.add_argument("--topk", type=COUNT, default=5, metavar="K", help="labels to print")
     parser.set_defaults(run=_predict)
 
 

@@ -108,7 +108,18 @@ def test_epochs_go_to_weights_and_biases_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_ssl, "wandb", Wandb)
     monkeypatch.setattr("timm.utils.summary.wandb", Wandb, raising=False)
-    run(tmp_path / "run", "--epochs", 1, "--ssl-method", "supervised", "--log-wandb", "--wandb-project", "p")
+    run(
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--ssl-method",
+        "supervised",
+        "--threshold",
+        0.7,
+        "--log-wandb",
+        "--wandb-project",
+        "p",
+    )
     assert rows[0]["project"] == "p"
     assert rows[1]["eval_top1"] >= 0.0
     monkeypatch.setattr(train_ssl, "wandb", None)
@@ -151,7 +162,7 @@ def test_run_killed_in_the_middle_of_an_epoch_continues(whole, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--ssl-method", "supervised"],
+        ["--ssl-method", "supervised", "--threshold", "0.7"],
         ["--ssl-method", "fixmatch", "--pseudo-mixup", "none"],
         ["--ssl-method", "ema-teacher", "--pseudo-mixup", "prob"],
         [
@@ -236,7 +247,7 @@ def test_gradients_that_stay_infinite_stop_the_run_and_leave_the_last_checkpoint
 
 BAD = [
     (["--labels-per-clas", "4"], 2, r"did you mean --labels-per-class"),
-    (["--batch-size", "0"], 2, r"argument -b/--batch-size: 0 is not a positive"),
+    (["--batch-size", "0"], 2, r"argument -b/--batch-size: 0 is not a whole number >= 1"),
     (["--label-fraction", "0.1"], 2, r"got --label-fraction and --labels-per-class"),
     (["--ssl-method", "magic"], 2, r"--ssl-method: invalid choice: 'magic'"),
     (["--resume", "auto"], 2, r"--resume auto: needs --experiment"),
@@ -276,7 +287,7 @@ def test_config_file_sets_defaults_and_refuses_unknown_keys(tmp_path, capsys):
     assert (args.lr, args.labels_per_class, args.scale) == (3e-4, 3, [0.5, 1.0])
     for content, message in (
         ({"label_per_class": 2}, "unknown key 'label_per_class' (did you mean 'labels_per_class'?)"),
-        ({"lr": "fast"}, "lr: could not convert string to float: 'fast'"),
+        ({"lr": "fast"}, "lr: fast is not a finite number >= 0"),
         ({"amp": "yes please"}, "amp: wanted true or false"),
         ({"scale": 0.5}, "scale: wanted a list of 2 values"),
         ({"ssl_method": "magic"}, "ssl_method: 'magic' is not one of"),
