@@ -1,12 +1,15 @@
 """WebDataset shards by index: plain tar files are read in place, so a stream's images can be split and drawn."""
 
 import io
+import posixpath
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
+
+from semivim.data.label_split import UNKNOWN
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 TARGET_KEY = "cls"
@@ -42,41 +45,65 @@ class ShardReader:
 def index_shards(root: str, split: str, input_key: str | None = None, target_key: str | None = None) -> Shards:
     """Index the uncompressed shards ``*<split>*.tar`` of a folder; only headers and targets are read.
 
+    The members of a shard that share a key are one sample; a name's key and its extension, in any case, meet at the
+    first dot of its last part.
+
     Args:
         root: Folder of the shards.
         split: Part of the shards' file names.
-        input_key: Extensions that hold an image, separated by ``;``; jpg, jpeg, png and webp if None.
+        input_key: Extensions that hold an image, separated by ``;``; the first that a sample has is read. jpg, jpeg,
+            png and webp if None.
         target_key: Extension that holds the class as a whole number; cls if None.
 
     Raises:
-        ValueError: If there is no shard, one is not a plain tar file, or a target is no whole number; it is named.
+        ValueError: If there is no shard, one is not a plain tar file, a target is no whole number, or a sample is
+            repeated or has a target and no image; it is named.
     """
-    shards = sorted(Path(root).glob(f"*{split}*.tar"))
+    shards = sorted(path for path in Path(root).glob("*.tar") if split in path.stem)
     if not shards:
         raise ValueError(f"split {split!r}: no shard *{split}*.tar in {root}")
-    image_keys = tuple(input_key.split(";")) if input_key else IMAGE_KEYS
+    image_keys = tuple(input_key.lower().split(";")) if input_key else IMAGE_KEYS
+    target_key = target_key.lower() if target_key else TARGET_KEY
     places: list[tuple[str, int, int]] = []
     labels: list[int] = []
     names: list[str] = []
     for shard in shards:
-        images: dict[str, tuple[str, int, int]] = {}
-        targets: dict[str, int] = {}
         try:
             with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    key, _, extension = member.name.partition(".")
-                    if extension in image_keys:
-                        images[key] = (str(shard), member.offset_data, member.size)
-                    elif extension == (target_key or TARGET_KEY):
-                        targets[key] = _target(archive, member, shard)
+                for key, sample in _samples(archive, shard, {*image_keys, target_key}).items():
+                    image = next((sample[extension] for extension in image_keys if extension in sample), None)
+                    if image is None:
+                        name = sample[target_key].name
+                        raise ValueError(f"{shard}: {name} has no {', '.join(image_keys)} image beside it")
+                    places.append((str(shard), image.offset_data, image.size))
+                    labels.append(_target(archive, sample[target_key], shard) if target_key in sample else UNKNOWN)
+                    names.append(f"{shard.name}/{key}")
         except tarfile.TarError as error:
             raise ValueError(f"{shard} is not a plain tar file: {error}") from error
-        places += images.values()
-        labels += [targets.get(key, -1) for key in images]
-        names += [f"{shard.name}/{key}" for key in images]
     if not places:
         raise ValueError(f"the {len(shards)} shards *{split}*.tar in {root} hold no {', '.join(image_keys)} image")
     return Shards(ShardReader(places), labels, names)
+
+
+def _samples(archive: tarfile.TarFile, shard: Path, wanted: set[str]) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Members with a wanted extension, by key and extension."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in archive:
+        key, extension = _key_and_extension(member.name)
+        if extension not in wanted or member.isdir():
+            continue
+        if not member.isreg():
+            raise ValueError(f"{shard}: {member.name} is a link, wanted a file")
+        if samples.setdefault(key, {}).setdefault(extension, member) is not member:
+            raise ValueError(f"{shard}: {member.name} is there twice")
+    return samples
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    """Split a member's name as the webdataset package does; hidden files have no key there, no extension here."""
+    folder, file = posixpath.split(posixpath.normpath(name))
+    base, _, extension = file.partition(".")
+    return posixpath.join(folder, base), extension.lower() if base else ""
 
 
 def _target(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
