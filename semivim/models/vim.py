@@ -124,7 +124,7 @@ class Vim(nn.Module):
             "strict_img_size": not dynamic_img_size,
             **dd,
         }
-        if patch_stride is None or patch_stride == patch_size:
+        if patch_stride is None:
             self.patch_embed = PatchEmbed(**embed_args)
         else:
             self.patch_embed = OverlapPatchEmbed(stride=patch_stride, **embed_args)
@@ -356,7 +356,7 @@ def _create_vim(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs
         variant,
         pretrained,
         pretrained_filter_fn=partial(checkpoint_filter_fn, container=WEIGHTS_ENTRY.get(variant, "model")),
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **{**defaults, **kwargs},
     )
 

@@ -78,7 +78,9 @@ def test_frozen_stays_frozen_through_reset_and_resize(name):
 def test_parameter_groups(name):
     model = build(name, device="meta")
     names = [n for n, _ in model.named_parameters()]
-    assert all(any(fnmatch.fnmatch(n, pattern) for n in names) for pattern in model.no_weight_decay())
+    kept = {n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in model.no_weight_decay())}
+    ends = ("pos_embed", "cls_token", ".A_log", ".A_b_log", ".D", ".D_b")
+    assert kept == {n for n in names if n.endswith(ends)} and len(kept) == 2 + 4 * len(model.blocks)
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     depth = len(model.blocks)
     assert groups["cls_token"] == groups["pos_embed"] == groups["patch_embed.proj.weight"] == 0
@@ -164,7 +166,8 @@ def test_intermediates(variant):
         assert len(maps) == len(model.feature_info) == 4
         rows, columns = model.patch_embed.grid_size
         assert all(
-            m.shape == (2, info["num_chs"], rows, columns) for m, info in zip(maps, model.feature_info, strict=True)
+            m.shape == (2, info["num_chs"], rows, columns) and m.is_contiguous()
+            for m, info in zip(maps, model.feature_info, strict=True)
         )
         normed = model.forward_intermediates(x, indices=[-1], norm=True, output_fmt="NLC", intermediates_only=True)[0]
         middle = rows * columns // 2
@@ -190,10 +193,15 @@ def test_pruning_keeps_the_taps_and_leaves_nothing_unused(name):
         assert torch.equal(whole(x), model(x))
     for index, prune_norm in ((0, False), (last, False), (1, True)):
         with torch.no_grad():
+            ran = []
+            hooks = [block.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1)) for block in model.blocks]
             early = model.forward_intermediates(x, indices=[index], stop_early=True, intermediates_only=True)
-            assert torch.equal(early[0], taps[index])
+            assert torch.equal(early[0], taps[index]) and len(ran) == index + 1
+            for hook in hooks:
+                hook.remove()
         pruned = copy.deepcopy(model)
         take = pruned.prune_intermediate_layers([index], prune_norm=prune_norm)
+        assert isinstance(pruned.norm, nn.Identity) == prune_norm
         features, maps = pruned.forward_intermediates(x, indices=take)
         assert torch.equal(maps[0], taps[index])
         (features.sum() + maps[0].sum()).backward()

@@ -150,6 +150,17 @@ def test_stochastic_depth_grows_linearly():
     assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
 
 
+def test_dropout_acts_before_the_head_and_only_there():
+    model = Vim(**NANO, drop_rate=0.5)
+    tokens = torch.randn(64, 17, 32)
+    features = model.forward_head(tokens, pre_logits=True)
+    kept = features != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    assert_close("kept", features[kept], 2 * tokens[:, 8][kept])
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.forward_features(x), model.eval().forward_features(x))
+
+
 def test_mixing_reaches_only_the_last_layers():
     seen = []
     model = timm.create_model("test_vim", ssmixup_layers=1).eval()
@@ -181,6 +192,7 @@ def test_a_plain_vim_refuses_mixing():
     [
         ({"ssmixup_layers": 1}, "ssmixup_layers is 1, wanted None without ssmixup_c"),
         ({"ssmixup_c": "own", "ssmixup_layers": 4}, "wanted 1 to 3"),
+        ({"ssmixup_c": "own", "ssmixup_layers": 0}, "wanted 1 to 3"),
         ({"ssmixup_c": "all"}, "ssmixup_c is 'all'"),
         ({"global_pool": "max"}, "global_pool is 'max'"),
     ],
