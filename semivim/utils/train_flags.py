@@ -326,9 +326,8 @@ def check_train_flags(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("mean", "std"):
         values = getattr(args, name) or [0.0]
         if len(values) not in (1, channels):
-            parser.error(
-                f"argument --{name}: wanted one value for each channel ({channels}), or one for all, got {_words(values)}"
-            )
+            wanted = f"one value for each channel ({channels}), or one for all"
+            parser.error(f"argument --{name}: wanted {wanted}, got {_words(values)}")
     if args.input_size and (args.in_chans or channels) != channels:
         parser.error(f"argument --in-chans: got {args.in_chans}, --input-size says {channels}")
     if args.sched == "plateau" and args.sched_on_updates:

@@ -1,20 +1,126 @@
-import argparse
-
 import pytest
 
-from semivim.task.ssl_flags import add_semi_supervised_flags
+from semivim.layers.mamba import SSMIXUP_C
+from semivim.task.ssl_flags import add_semi_supervised_flags, check_semi_supervised_flags
+from semivim.utils.parser import Parser
+from semivim.utils.train_flags import add_ema_flags
+
+SPLIT = ["--labels-per-class", "4"]
 
 
-def test_groups_defaults_and_choices(capsys):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+def make_parser():
+    parser = Parser(prog="train", allow_abbrev=False)
+    add_ema_flags(parser)
     add_semi_supervised_flags(parser)
+    return parser
+
+
+def parse(words):
+    parser = make_parser()
+    args = parser.parse_args(words)
+    check_semi_supervised_flags(parser, args)
+    return args
+
+
+def refusal(capsys, words):
+    with pytest.raises(SystemExit) as error:
+        parse(words)
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said.removeprefix("train: error: ").rstrip("\n")
+
+
+def test_groups_and_defaults():
+    parser = make_parser()
     titles = [group.title for group in parser._action_groups]
     assert titles[-4:] == ["Semi-supervised method", "Label split", "Unlabelled views", "LyapEMA"]
     args = parser.parse_args([])
     assert (args.ssl_method, args.pseudo_mixup, args.threshold) == ("lyapema", "none", 0.7)  # Semi-ViM section 5
     assert args.label_fraction is args.labels_per_class is args.imb_n1 is args.labeled_list is None
     assert [a.dest for a in parser._actions if not a.help] == []
-    for flags in (["--pseudo-mixup", "cut"], ["--threshold", "1.5"], ["--unlabeled-ratio", "0"], ["--fold", "-1"]):
-        with pytest.raises(SystemExit):
-            parser.parse_args(flags)
-        assert flags[0] in capsys.readouterr().err
+
+
+def test_choices_are_those_of_the_code_that_takes_them():
+    choices = {a.dest: a.choices for a in make_parser()._actions}
+    assert tuple(choices["ssmixup_c"]) == SSMIXUP_C  # a layer, which a task may not import
+    assert choices["lyap_mode"] == ["default", "paper_stable", "literal"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--pseudo-mixup cut", "--threshold 1", "--threshold nan", "--unlabeled-ratio 0", "--unlabeled-weight nan",
+        "--unlabeled-weight -1", "--ssmixup-nu nan", "--ssmixup-nu -5", "--ssmixup-c none", "--ssmixup-layers 0",
+        "--label-fraction 0", "--label-fraction 1.5", "--labels-per-class -1", "--min-per-class -1", "--imb-n1 0",
+        "--imb-m1 0", "--imb-factor-l 0.5", "--imb-factor-l nan", "--imb-factor-u inf", "--fold -1", "--split-seed -1",
+        "--weak-color-jitter -1", "--strong-aa randm9", "--strong-reprob 2", "--lyap-mode ema", "--lyap-min-decay 1.5",
+        "--lyap-gamma -1", "--lyap-radius nan", "--lyap-radius -1",
+    ],
+)  # fmt: skip
+def test_wrong_value_is_refused_where_it_is_read(words, capsys):
+    flag, value = words.split()
+    said = refusal(capsys, words.split())
+    assert said.startswith(f"argument {flag}: ")
+    assert value in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--ssl-method supervised --threshold 0.9",
+            "--threshold is read only with a --ssl-method other than supervised",
+        ),
+        ("--ssl-method supervised --unlabeled-weight 2", "--unlabeled-weight is read only with a --ssl-method other"),
+        ("--ssl-method supervised --strong-reprob 0", "--strong-reprob is read only with a --ssl-method other"),
+        ("--ssl-method fixmatch --lyap-gamma 5", "--lyap-gamma is read only with --ssl-method lyapema, got 5"),
+        ("--model-ema-warmup", "--model-ema-warmup is read only with another --ssl-method"),
+        ("--lyap-mode paper_stable --model-ema-decay 0.9", "--model-ema-decay is read only with --lyap-mode default"),
+        (
+            "--lyap-mode literal --model-ema-decay 0.9",
+            "--model-ema-decay is read only with --lyap-mode default, got 0.9",
+        ),
+        ("--lyap-mode paper_stable --lyap-min-decay 0.9", "--lyap-min-decay is read only with --lyap-mode default"),
+        (
+            "--lyap-mode literal --lyap-radius 0.1",
+            "--lyap-radius is read only with --lyap-mode default or paper_stable",
+        ),
+        ("--ssmixup-nu 0.5", "--ssmixup-nu is read only with --pseudo-mixup ss, got 0.5"),
+        ("--imb-m1 9", "--imb-m1 is read only with --imb-n1, got 9"),
+        ("--imb-factor-l 10", "--imb-factor-l is read only with --imb-n1, got 10"),
+        ("--imb-factor-u -10", "--imb-factor-u is read only with --imb-n1, got -10"),
+        ("--unlabeled-list f", "--unlabeled-list is read only with --labeled-list, got f"),
+        ("--imb-factor-u 0.5", "argument --imb-factor-u: 0.5 is not >= 1 or, to reverse the classes, <= -1"),
+        ("--model-ema-decay 0.9", "--model-ema-decay 0.9 is below --lyap-min-decay 0.99"),
+        ("--lyap-min-decay 1", "--model-ema-decay 0.9998 is below --lyap-min-decay 1"),
+    ],
+)
+def test_flag_without_effect_or_against_another_is_one_line(words, message, capsys):
+    assert refusal(capsys, [*SPLIT, *words.split()]).startswith(message)
+
+
+def test_unlabelled_tail_needs_its_head(capsys):
+    said = refusal(capsys, ["--imb-n1", "20", "--imb-factor-l", "4", "--imb-factor-u", "4"])
+    assert said == "--imb-factor-u is read only with --imb-m1, got 4.0"
+
+
+def test_list_is_no_draw(capsys):
+    said = refusal(capsys, ["--labeled-list", "f", "--fold", "2"])
+    assert said == "--fold is read only with a split that is drawn, without --labeled-list, got 2"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--imb-n1 20 --imb-factor-l 4 --imb-m1 40 --imb-factor-u -4",
+        "--labeled-list f --unlabeled-list g",
+        "--label-fraction 1 --ssl-method supervised --model-ema-decay 0.5 --model-ema-warmup",
+        "--labels-per-class 1 --lyap-mode literal --lyap-gamma 2",
+        "--labels-per-class 1 --lyap-mode paper_stable --lyap-radius 0",
+        "--labels-per-class 1 --lyap-min-decay 0.5 --model-ema-decay 0.5 --min-per-class 0 --strong-aa=",
+        "--labels-per-class 1 --ssl-method ema-teacher --model-ema-decay 0 --pseudo-mixup prob --threshold 0",
+    ],
+)
+def test_what_has_an_effect_is_taken(words):
+    parse(words.split())

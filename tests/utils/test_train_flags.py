@@ -1,6 +1,10 @@
+import argparse
+import re
+
 import pytest
 
 from semivim.utils import train_flags
+from semivim.utils.parser import Number, Parser
 
 # timm 1.0's train.py: flag -> default, for the flags shared with it
 TIMM = {
@@ -19,13 +23,27 @@ TIMM = {
 GROUPS = ["dataset", "device", "optimizer", "schedule", "augmentation", "ema", "misc"]
 
 
-@pytest.fixture
-def parser():
-    parser = train_flags.Parser(prog="train", allow_abbrev=False)
+def make_parser():
+    parser = Parser(prog="train", allow_abbrev=False)
     train_flags.add_model_flags(parser, model="vim_tiny_patch16_224")
     for group in GROUPS:
         getattr(train_flags, f"add_{group}_flags")(parser)
     return parser
+
+
+@pytest.fixture
+def parser():
+    return make_parser()
+
+
+def refusal(capsys, words):
+    parser = make_parser()
+    with pytest.raises(SystemExit) as error:
+        train_flags.check_train_flags(parser, train_flags.parse_flags(parser, words))
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said.removeprefix("train: error: ").rstrip("\n")
 
 
 def test_shared_flags_have_timms_defaults(parser):
@@ -33,64 +51,108 @@ def test_shared_flags_have_timms_defaults(parser):
     assert {key: args[key] for key in TIMM} == TIMM
 
 
-def test_every_flag_explains_itself(parser):
+def test_every_flag_explains_itself_on_one_page(parser):
     assert [a.dest for a in parser._actions if not a.help] == []
+    train_flags.parse_flags(parser, [])
+    assert parser.format_help().startswith("usage: train [-c FILE] [--FLAG VALUE ...]\n\n")
 
 
-def test_misspelt_flag_is_one_line_with_a_suggestion(parser, capsys):
-    with pytest.raises(SystemExit) as error:
-        parser.parse_args(["--weight-dekay", "1"])
-    assert error.value.code == 2
-    assert capsys.readouterr().err == (
-        "train: error: unrecognized arguments: --weight-dekay 1 (did you mean --weight-decay?)\n"
-    )
+def test_no_number_is_free_to_be_nan_or_infinite(parser):
+    numeric = [a for a in parser._actions if a.type in (int, float)]
+    assert numeric == []
+    numbers = [a for a in parser._actions if isinstance(a.type, Number)]
+    assert len(numbers) > 60
+    for action in numbers:
+        for text in ("nan", "inf", "1e999"):
+            with pytest.raises(argparse.ArgumentTypeError):
+                action.type(text)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "words",
     [
-        ("opt: [adamw", "not YAML"),
-        ("- adamw", "wanted 'flag: value' lines, got list"),
-        ("optt: adamw", "unknown key 'optt' (did you mean 'opt'?)"),
-        ("epochs: many", "epochs: invalid literal for int() with base 10: 'many'"),
-        ("epochs: 0", "epochs: 0 is not a positive whole number"),
-        ("epochs: true", "epochs: wanted one value, got True"),
-        ("clip_mode: hard", "clip_mode: 'hard' is not one of norm, value, agc"),
-        ("scale: [1, 2, 3]", "scale: wanted a list of 2 values, got [1, 2, 3]"),
-        ("model_kwargs: 3", "model_kwargs: wanted a mapping, got 3"),
+        "--clip-grad -1", "--clip-grad 0", "--std 0", "--mean 127.5", "--scale 0 1", "--ratio 0 0", "--crop-pct 0",
+        "--smoothing 1", "--layer-decay -1", "--layer-decay 0", "--mixup -0.1", "--cutmix -1", "--lr -1",
+        "--lr-noise-pct 0", "--lr-cycle-mul 0", "--decay-epochs 0", "--decay-rate -1", "--opt-betas 1",
+        "--momentum -0.9", "--weight-decay -1", "--drop 1", "--drop-path 1", "--color-jitter -1", "--seed -1",
+        "--opt-eps -1", "--hflip 2", "--model-ema-decay 1.1", "--warmup-lr -1", "--min-lr -1", "--img-size 0",
+        "--decay-milestones 0", "--in-chans 2", "--amp-dtype float32", "--train-crop-mode rrr", "--sched cos",
+        "--interpolation cubic", "--interpolation random", "--train-interpolation cubic", "--opt adamx",
+        "--torchcompile inducto", "--torchcompile-mode fast", "--aa rand-x", "--aa rand-m1.5", "--aa rand-q3",
+        "--aa rand-m9-tnone", "--aa v1", "--aa augmix-z2", "--aa 3aw", "--device-modules no.such os", "--opt-kwargs a",
+        "--device-modules nosuchmodule", "--model-kwargs depth",
+    ],
+)  # fmt: skip
+def test_wrong_value_is_refused_where_it_is_read(words, capsys):
+    flag, value = words.split()[:2]
+    said = refusal(capsys, words.split())
+    assert re.match(rf"argument {flag}(/--dr)?: ", said)
+    assert value in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--scale 1 0.5", "argument --scale: wanted rising values, got 1 0.5"),
+        ("--ratio 2 1", "argument --ratio: wanted rising values, got 2 1"),
+        ("--cutmix-minmax 0.5 0.5", "argument --cutmix-minmax: wanted rising values, got 0.5 0.5"),
+        ("--decay-milestones 30 20", "argument --decay-milestones: wanted rising values, got 30 20"),
+        ("--lr-noise 0 0.5 1", "argument --lr-noise: wanted one or two values, got 0 0.5 1"),
+        ("--mean 0.5 0.5", "argument --mean: wanted one value for each channel (3), or one for all, got 0.5 0.5"),
+        (
+            "--in-chans 1 --std 1 1 1",
+            "argument --std: wanted one value for each channel (1), or one for all, got 1 1 1",
+        ),
+        ("--in-chans 1 --input-size 3 32 32", "argument --in-chans: got 1, --input-size says 3"),
+        ("--sched plateau --sched-on-updates", "argument --sched: plateau steps every epoch, got --sched-on-updates"),
+        ("--mixup 1 -b 7", "--mixup and --cutmix pair images: --batch-size must be even, got 7"),
+        ("--device gpu", "argument --device: gpu is not a device of torch, such as cpu, cuda or cuda:1"),
+        ("--pretrained-path f.pth", "--pretrained-path is read only with --pretrained, got f.pth"),
+        ("--amp-dtype bfloat16", "--amp-dtype is read only with --amp, got bfloat16"),
+        ("--clip-mode agc", "--clip-mode is read only with --clip-grad, got agc"),
+        ("--mixup-prob 0.5", "--mixup-prob is read only with --mixup or --cutmix, got 0.5"),
+        ("--recount 3", "--recount is read only with --reprob above 0, got 3"),
+        ("--torchcompile-mode default", "--torchcompile-mode is read only with --torchcompile, got default"),
     ],
 )
-def test_bad_config_is_one_line_that_names_file_and_key(parser, tmp_path, capsys, text, message):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(SystemExit):
-        train_flags.parse_flags(parser, ["-c", str(path)])
-    error = capsys.readouterr().err
-    assert f"--config {path}: " in error
-    assert message in error
-    assert error.count("\n") == 1
+def test_flags_that_contradict_each_other_are_one_line(words, message, capsys):
+    assert refusal(capsys, words.split()) == message
 
 
-def test_missing_config_is_named(parser, capsys):
-    with pytest.raises(SystemExit):
-        train_flags.parse_flags(parser, ["--config", "absent.yaml"])
-    assert "--config absent.yaml: No such file" in capsys.readouterr().err
+def test_device_that_is_not_here_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert refusal(capsys, ["--device", "cuda:1"]).startswith("argument --device: cuda:1 is not here")
 
 
-def test_config_types_and_precedence(parser, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        "lr: 3e-4\nopt_betas: [0.9, '0.95']\nmodel_kwargs: {depth: 2}\namp: true\nepochs: 7\nlr_noise: null\n"
+def test_what_timm_takes_is_taken(parser):
+    words = (
+        "--aa= --clip-grad 1 --clip-mode agc --opt lookahead_adamw --opt-kwargs caution=True foreach=False "
+        "--lr-noise 0.5 --decay-milestones 1 2 --scale 1 1 --cutmix-minmax 0.1 0.5 --mixup-mode elem --layer-decay 1 "
+        "--torchcompile eager --model-kwargs depth=2 name= --device-modules os.path --device anything --lr 0 "
+        "--mean 0 --std 1 --train-crop-mode rkrc --interpolation= --min-lr 0 --sched wsd --decay-epochs 0.2 "
+        "--opt-betas 0.9 0.99 0.999 --amp --amp-dtype bfloat16 --mixup 0 --start-epoch 0 -b 128"
     )
-    args = train_flags.parse_flags(parser, ["-c", str(path), "--epochs", "9"])
-    assert (args.lr, args.opt_betas, args.model_kwargs, args.amp, args.epochs) == (
-        3e-4,
-        [0.9, 0.95],
-        {"depth": 2},
-        True,
-        9,
-    )
+    args = train_flags.parse_flags(parser, words.split())
+    train_flags.check_train_flags(parser, args)
+    assert (args.aa, args.clip_grad, args.model_kwargs, args.interpolation) == ("", 1.0, {"depth": 2, "name": ""}, "")
+    for policy in ("rand-m9-mstd0.5-inc1", "rand-m9-n3-tweights", "augmix-m5-w4-d2", "original-mstd0.5", "v0r", "3a"):
+        assert train_flags.augment_policy(policy) == policy
+
+
+def test_config_comes_after_defaults_and_before_the_command_line(parser, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("lr: 3e-4\nopt_betas: [0.9, '0.95']\namp: true\nepochs: 7\nin_chans: null\n")
+    defaults = {"epochs": 5, "lr": 1.0, "warmup_epochs": 2, "in_chans": 1}
+    args = train_flags.parse_flags(parser, ["-c", str(path), "--epochs", "9"], defaults)
+    assert (args.lr, args.opt_betas, args.amp, args.epochs) == (3e-4, [0.9, 0.95], True, 9)
+    assert (args.warmup_epochs, args.in_chans) == (2, None)
     assert not hasattr(args, "config")
+
+
+def test_defaults_pass_the_checks_of_typed_values(parser, capsys):
+    with pytest.raises(SystemExit):
+        train_flags.parse_flags(parser, [], {"smoothing": 1.0})
+    assert capsys.readouterr().err == "train: error: defaults: smoothing: 1.0 is not a finite number in [0, 1)\n"
 
 
 def test_learning_rate_scales_as_timms(parser):
