@@ -1,19 +1,11 @@
 """The linear layer of the mixer's projections."""
 
 import torch
-from timm.layers import register_notrace_function, register_notrace_module
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semivim.ops.linear import linear
-
-
-@register_notrace_function
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x @ weight.T`` by `semivim.ops.linear`, in a script by `torch.nn.functional.linear`."""
-    if not torch.jit.is_scripting():
-        return linear(x, weight)
-    return F.linear(x, weight)
 
 
 @register_notrace_module
@@ -35,4 +27,6 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight)
+        if not torch.jit.is_scripting():
+            return linear(x, self.weight)
+        return F.linear(x, self.weight)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from semivim.layers.linear import Linear, project
+from semivim.layers.linear import Linear
 from semivim.ops import onnx_graph
 from semivim.ops.causal_conv import bidirectional_conv
 from semivim.ops.scan import bidirectional_scan, selective_scan
@@ -92,6 +93,7 @@ def add_crossed_readout(
     """
     if psi is None or nu is None or reading == "own":
         return y
+    psi, nu = psi.detach(), nu.detach()  # constants of a step, as in the op that adds the other part
     strength = nu / 4 if reading == "mean" else nu / 2
     if reading != "fwd":
         s = crossed_scan(forward, backward[2], False)
@@ -200,8 +202,8 @@ class BidirectionalMamba(nn.Module):
         dbc, dbc_b = self.x_proj(u), self.x_proj_b(u_b)  # [dt | B | C]
         bc, bc_b = dbc[..., r:], dbc_b[..., r:]
         # The scan adds the bias of delta itself, in float32.
-        delta = project(dbc[..., :r], self.dt_proj.weight)
-        delta_b = project(dbc_b[..., :r], self.dt_proj_b.weight)
+        delta = F.linear(dbc[..., :r], self.dt_proj.weight)
+        delta_b = F.linear(dbc_b[..., :r], self.dt_proj_b.weight)
         A, A_b = decay_rate(self.A_log), decay_rate(self.A_b_log)
         bias, bias_b = self.dt_proj.bias, self.dt_proj_b.bias
         psi_own, nu_own = readout_weights(self.ssmixup_c, psi, nu)

@@ -19,17 +19,23 @@ import torch
 class _Backend(NamedTuple):
     package: str
     devices: tuple[str, ...]  # where the automatic choice considers it
-    ops: tuple[str, ...]
+
+
+class _Block:
+    """One `use_backend` block, told from others of the same name by identity."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 # In the order of preference of the automatic choice.
 _BACKENDS = {
-    "triton": _Backend("triton", ("cuda",), ("scan", "conv")),
-    "cuda": _Backend("mamba_ssm", ("cuda",), ("scan", "conv")),
-    "numba": _Backend("numba", ("cpu",), ("scan", "conv")),
-    "reference": _Backend("torch", (), ("scan", "conv")),
+    "triton": _Backend("triton", ("cuda",)),
+    "cuda": _Backend("mamba_ssm", ("cuda",)),
+    "numba": _Backend("numba", ("cpu",)),
+    "reference": _Backend("torch", ()),
 }
-_override: list[str] = []
+_blocks: list[_Block] = []
 
 
 def _module(op: str, name: str) -> ModuleType:
@@ -39,12 +45,12 @@ def _module(op: str, name: str) -> ModuleType:
 def _unavailable(op: str, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """Return why a backend cannot run an op on a device, "" if it can."""
     backend = _BACKENDS[name]
-    if op not in backend.ops:
-        return f"it has no {op} kernels"
     if dtype == torch.float64 and name != "reference":
         return "only the reference keeps float64"
     if importlib.util.find_spec(backend.package) is None:
         return f"package {backend.package} is not installed"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     try:
         module = _module(op, name)
     except ImportError as error:
@@ -67,6 +73,9 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
 
     Returns:
         By name: ``"available"``, ``"available, chosen for <device>"``, or the reason why it cannot run.
+
+    Raises:
+        ValueError: If the environment asks for a backend that does not exist.
     """
     devices = [torch.device("cpu" if device is None else device)]
     if device is None and torch.cuda.is_available():
@@ -74,7 +83,7 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
     report = {}
     for name in _BACKENDS:
         reasons = [_unavailable("scan", name, place) for place in devices]
-        chosen = [place.type for place in devices if _automatic("scan", place) == name]
+        chosen = [place.type for place in devices if resolve("scan", "auto", place) == name and "" in reasons]
         if chosen:
             report[name] = f"available, chosen for {' and '.join(chosen)}"
         else:
@@ -84,7 +93,7 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Let ops called with ``backend=None`` use a named backend inside the block, where it has kernels for them.
+    """Let scans called with ``backend=None`` use a named backend inside the block, convolutions where it can run them.
 
     The name is read when an op runs, so it also holds inside scripted, traced and compiled models. It is shared by
     all threads and takes precedence over the environment variable ``SEMIVIM_BACKEND``.
@@ -96,11 +105,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: If the name is unknown.
     """
     _check_name(name)
-    _override.append(name)
+    block = _Block(name)
+    _blocks.append(block)
     try:
         yield
     finally:
-        _override.pop()
+        _blocks.remove(block)
 
 
 def _check_name(name: str) -> None:
@@ -108,8 +118,8 @@ def _check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}; got {name!r}")
 
 
-def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """Return the module that runs an op.
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Return the name of the backend that is to run an op, whether or not it can.
 
     Args:
         op: ``"scan"`` or ``"conv"``.
@@ -118,17 +128,36 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> M
         dtype: Of the main input.
 
     Raises:
-        ValueError: If the name is unknown or that backend cannot run.
+        ValueError: If the name is unknown.
     """
     if backend == "auto":
-        wanted = _override[-1] if _override else os.environ.get("SEMIVIM_BACKEND", "auto")
+        wanted = _blocks[-1].name if _blocks else os.environ.get("SEMIVIM_BACKEND") or "auto"
         if wanted != "auto":
             _check_name(wanted)
-            backend = wanted if op in _BACKENDS[wanted].ops else "auto"
-    if backend == "auto":
-        return _module(op, _automatic(op, device, dtype))
+        if wanted == "auto" or (op == "conv" and _unavailable(op, wanted, device, dtype)):
+            return _automatic(op, device, dtype)
+        return wanted
     _check_name(backend)
-    reason = _unavailable(op, backend, device, dtype)
+    return backend
+
+
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """Return the module that runs an op; arguments as of `resolve`.
+
+    Raises:
+        ValueError: If the name is unknown or that backend cannot run.
+    """
+    name = resolve(op, backend, device, dtype)
+    reason = _unavailable(op, name, device, dtype)
     if reason:
-        raise ValueError(f"backend {backend!r} cannot run the {op} on {device.type}: {reason}")
-    return _module(op, backend)
+        raise ValueError(f"backend {name!r} cannot run the {op} on {device.type}: {reason}")
+    return _module(op, name)
+
+
+def of_forward(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend of an op's backward: the forward's, whatever `use_backend` says by then.
+
+    Some forwards leave states that only their own backward can use. A compiled program keeps the choice open, as its
+    forward does.
+    """
+    return backend if torch.compiler.is_compiling() else resolve(op, backend, device, dtype)

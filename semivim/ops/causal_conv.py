@@ -8,13 +8,16 @@ Dimensions: b images, l tokens, d channels, k taps. A backend is a module `conv_
 import torch
 from torch import Tensor
 
-from .backends import choose
+from .backends import choose, of_forward
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor) -> None:
     """Name the argument whose shape does not fit."""
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x must be (b, l, d) of a floating dtype, got {tuple(x.shape)} of {x.dtype}")
+    for name, w in (("weight", weight), ("bias", bias), ("weight_b", weight_b), ("bias_b", bias_b)):
+        if w.device != x.device or not w.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype on {x.device} as x is, got {w.dtype} on {w.device}")
     d = x.shape[2]
     if weight.dim() != 3 or weight.shape[0] != d or weight.shape[1] != 1 or weight.shape[2] == 0:
         raise ValueError(f"weight must be (d, 1, k) = ({d}, 1, k), got {tuple(weight.shape)}")
@@ -73,7 +76,8 @@ def _bidirectional_conv_backward_fake(
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001
-    *tensors, ctx.backend = inputs
+    *tensors, backend = inputs
+    ctx.backend = of_forward("conv", backend, tensors[0].device, tensors[0].dtype)
     ctx.save_for_backward(*tensors)
 
 
@@ -104,7 +108,7 @@ def bidirectional_conv(
         u and u_b, contiguous ``(b, l, d)``, in the dtype of ``x``.
 
     Raises:
-        ValueError: If a shape does not fit, or the named backend cannot run.
+        ValueError: If a shape, device or dtype does not fit, or the named backend cannot run.
 
     Source: Zhu et al. 2024 (Vision Mamba, arXiv:2401.09417), Algorithm 1.
     """

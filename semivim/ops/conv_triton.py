@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .scan_kernels_triton import sigmoid
-from .scan_triton import unavailable
+from .scan_triton import MOST_IMAGES, unavailable
 
 __all__ = ["bidirectional_conv_backward", "bidirectional_conv_forward", "unavailable"]
 
@@ -121,6 +121,8 @@ def _conv_backward(
 
 def _grid(x: Tensor) -> tuple[int, int, int]:
     b, l, d = x.shape
+    if b > MOST_IMAGES:
+        raise ValueError(f"the Triton convolution takes at most {MOST_IMAGES} images in a batch, got {b}")
     return triton.cdiv(l, BLOCK_L), triton.cdiv(d, BLOCK_D), b
 
 

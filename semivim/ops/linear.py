@@ -28,6 +28,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     """Gradients by the same product; torch's own backward of a convolution is slower than MKL for few images."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
         return _product(x, weight)
@@ -57,6 +59,8 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and type(weight) in (Tensor, torch.nn.Parameter)  # quantised and sharded weights bring their own product
         and x.numel() > 0
+        and x.shape[-1] == weight.shape[-1]
+        and weight.numel() > 0  # torch says it best if not
     )
 
 

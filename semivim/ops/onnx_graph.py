@@ -41,7 +41,12 @@ def bidirectional_scan(
     from torch._higher_order_ops.scan import scan
 
     d, n = A.shape
-    steps = [F.softplus(d + bias) for d, bias in ((delta, delta_bias), (delta_b, delta_bias_b))]
+    dtype = u.dtype
+    # Detached, as the exporter cannot translate a scan that autograd records.
+    u, u_b, delta, delta_b, bc, bc_b, z, D, D_b, delta_bias, delta_bias_b, A, A_b = (
+        x.detach().to(A.dtype) for x in (u, u_b, delta, delta_b, bc, bc_b, z, D, D_b, delta_bias, delta_bias_b, A, A_b)
+    )
+    steps = [F.softplus(step + bias) for step, bias in ((delta, delta_bias), (delta_b, delta_bias_b))]
     # The backward direction is a second image in the batch, flipped: (l, 2, b, channels) each.
     both = [
         torch.stack([ahead, back.flip(1)]).movedim(2, 0)
@@ -62,4 +67,4 @@ def bidirectional_scan(
     y = F.silu(z) * (s + D * u + s_b + D_b * u_b)
     if psi is not None and nu is not None:
         y = y + nu.view(-1, 1, 1) * (psi.view(-1, 1, 1) * s + (1 - psi.view(-1, 1, 1)) * s_b)
-    return y / 2
+    return (y / 2).to(dtype)

@@ -20,7 +20,7 @@ them to ``(b, -1)``: a dimension that is 1 for short inputs would tie an exporte
 import torch
 from torch import Tensor
 
-from .backends import choose
+from .backends import choose, of_forward
 from .scan_reference import CHUNK, state_dtype
 
 
@@ -29,13 +29,20 @@ def _check(name: str, x: Tensor | None, shape: tuple[int, ...], letters: str) ->
         raise ValueError(f"{name} must be ({letters}) = {tuple(shape)}, got {tuple(x.shape)}")
 
 
+def _check_kind(u: Tensor, operands: dict[str, Tensor | None]) -> None:
+    """Name the operand that kernels could not read."""
+    for name, x in operands.items():
+        if x is not None and x.device != u.device:
+            raise ValueError(f"{name} must be on {u.device} as u is, got {x.device}")
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name} must have a real floating dtype, got {x.dtype}")
+
+
 def _check_input(u: Tensor, A: Tensor) -> None:
     if u.dim() != 3:
         raise ValueError(f"u must have 3 dimensions, got {tuple(u.shape)}")
     if A.dim() != 2 or A.shape[1] == 0:
         raise ValueError(f"A must be (d, n) with n >= 1, got {tuple(A.shape)}")
-    if not u.is_floating_point():
-        raise ValueError(f"u must have a floating dtype, got {u.dtype}")
     if u.shape[1] == 0:
         raise ValueError(f"u must have at least one token, got {tuple(u.shape)} channel-last")
 
@@ -45,6 +52,7 @@ def _check_selective(
 ) -> None:
     """Name the argument of `selective_scan` whose shape does not fit, in that function's channel-first letters."""
     _check_input(u, A)
+    _check_kind(u, {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias})
     b, l, d = u.shape
     n = A.shape[1]
     _check("A", A, (d, n), "d, n")
@@ -78,6 +86,9 @@ def _check_bidirectional(
 ) -> None:
     """Name the argument of `bidirectional_scan` whose shape does not fit."""
     _check_input(u, A)
+    _check_kind(u, {"u": u, "u_b": u_b, "delta": delta, "delta_b": delta_b, "bc": bc, "bc_b": bc_b, "z": z, "A": A})
+    _check_kind(u, {"A_b": A_b, "D": D, "D_b": D_b, "delta_bias": delta_bias, "delta_bias_b": delta_bias_b})
+    _check_kind(u, {"psi": psi, "nu": nu})
     b, l, d = u.shape
     n = A.shape[1]
     for name, x in (("u_b", u_b), ("delta", delta), ("delta_b", delta_b), ("z", z)):
@@ -169,12 +180,16 @@ def _selective_scan_backward_fake(grad: Tensor, u: Tensor, *rest: Tensor | None)
 
 
 def _save_selective(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.delta_softplus, ctx.reverse, ctx.backend = inputs
+    *tensors, ctx.delta_softplus, ctx.reverse, backend = inputs
+    ctx.backend = of_forward("scan", backend, tensors[0].device, tensors[0].dtype)
+    ctx.set_materialize_grads(False)  # no zeros in the size of the states
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _differentiate_selective(ctx, grad, _):  # type: ignore[no-untyped-def]
     *tensors, states = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 11
     gradients = torch.ops.semivim.selective_scan_backward(
         grad, *tensors, ctx.delta_softplus, ctx.reverse, states, ctx.backend
     )
@@ -254,11 +269,15 @@ def _bidirectional_scan_backward_fake(grad: Tensor, *operands) -> list[Tensor]: 
 
 
 def _save_bidirectional(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.backend = inputs
+    *tensors, backend = inputs
+    ctx.backend = of_forward("scan", backend, tensors[0].device, tensors[0].dtype)
+    ctx.set_materialize_grads(False)  # no zeros in the size of the states
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _differentiate_bidirectional(ctx, grad, _):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 16
     return (
         *torch.ops.semivim.bidirectional_scan_backward(grad, *ctx.saved_tensors, ctx.backend),
         None,
@@ -305,7 +324,7 @@ def selective_scan(
         ``(b, d, l)``, in the dtype of ``u``.
 
     Raises:
-        ValueError: If a shape does not fit, or the named backend cannot run.
+        ValueError: If a shape, device or dtype does not fit, or the named backend cannot run.
 
     Source: Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2, with mamba-ssm's argument order.
     """
@@ -372,7 +391,7 @@ def bidirectional_scan(
         ``(b, l, d)``, in the dtype of ``u``.
 
     Raises:
-        ValueError: If a shape does not fit, or the named backend cannot run.
+        ValueError: If a shape, device or dtype does not fit, or the named backend cannot run.
 
     Source: Semi-ViM Eq. (1)-(3), (15)-(16); the halving is that of Vim's released models.
     """

@@ -349,7 +349,7 @@ def scan_backward(  # noqa: PLR0915  one kernel, one walk: a part of it cannot b
     B, C = B + image * row_image + state * row_state, C + image * row_image + state * row_state
     z += image * z_image + channel * z_channel
     at = image * l * d + channel
-    grad, du, ddelta, y = grad + at, du + at, ddelta + at, y + slot * images * l * d + at
+    grad, du, ddelta, y = grad + at, du + at, ddelta + at, y + slot.to(tl.int64) * images * l * d + at
     drow += ((slot * images + image) * blocks + block) * l * 2 * n + state
     cell = image * tl.num_programs(2) + tl.program_id(2)
     kept = _tile(

@@ -5,6 +5,7 @@ The kernels take float32 or, where all tensors over tokens have it, bfloat16; an
 
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .vector_numba import BFLOAT16, FLOAT32, LANES, LOG2_E
 
 def unavailable(device: torch.device) -> str:
     """Return why this backend cannot run on a device."""
+    if numba.config.DISABLE_JIT:
+        return "numba's compiler is switched off by NUMBA_DISABLE_JIT"
     return "" if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
 
 
@@ -95,7 +98,7 @@ class _Launch:
 
     def _transpose(self, A: Tensor) -> Tensor:
         padded = A.new_zeros(self.quads * kernels.QUAD, self.lanes, dtype=torch.float32)
-        padded[: self.n, : A.shape[0]] = A.t() * LOG2_E
+        padded[: self.n, : A.shape[0]] = A.t().float() * LOG2_E
         return padded
 
     def new(self, row: np.void, name: str, *shape: int, dtype: torch.dtype | None = None, zero: bool = False) -> Tensor:

@@ -79,9 +79,9 @@ def _zeros_for(D: Tensor | None, u: Tensor) -> Tensor:
     return u.new_zeros(u.shape[2], dtype=state_dtype(u)) if D is None else D.to(state_dtype(u))
 
 
-def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(z)
-    return grad * sigmoid * (1 + z * (1 - sigmoid))
+def _as(x: Tensor, operand: Tensor) -> Tensor:
+    """A result in the dtype of what it belongs to, contiguous whatever the strides of the inputs."""
+    return x.to(operand.dtype).contiguous()
 
 
 def selective_scan_forward(
@@ -103,7 +103,7 @@ def selective_scan_forward(
     s, states, _ = _recurrence(x, dt, A.to(wide), B.to(wide), C.to(wide), reverse)
     y = s + _zeros_for(D, u) * x
     out = y if z is None else y * F.silu(z.to(wide))
-    return out.to(u.dtype), states.unsqueeze(1)
+    return _as(out, u), states.unsqueeze(1)
 
 
 def selective_scan_backward(
@@ -129,20 +129,20 @@ def selective_scan_backward(
     dy = grad.to(wide)
     dz = None
     if z is not None:
-        gate = z.to(wide)
-        dz = _silu_backward(dy * (s + skip * x), gate).to(z.dtype)
+        gate = z.to(wide).contiguous()
+        dz = _as(torch.ops.aten.silu_backward(dy * (s + skip * x), gate), z)
         dy = dy * F.silu(gate)
     du, ddt, dA, dB, dC = _recurrence_backward(dy, *operands, reverse, walked)
     draw = ddt * torch.sigmoid(raw) if delta_softplus else ddt
     return (
-        (du + skip * dy).to(u.dtype),
-        draw.to(delta.dtype),
-        dA.to(A.dtype),
-        dB.to(B.dtype),
-        dC.to(C.dtype),
-        None if D is None else (dy * x).sum((0, 1)).to(D.dtype),
+        _as(du + skip * dy, u),
+        _as(draw, delta),
+        _as(dA, A),
+        _as(dB, B),
+        _as(dC, C),
+        None if D is None else _as((dy * x).sum((0, 1)), D),
         dz,
-        None if delta_bias is None else draw.sum((0, 1)).to(delta_bias.dtype),
+        None if delta_bias is None else _as(draw.sum((0, 1)), delta_bias),
     )
 
 
@@ -179,7 +179,7 @@ def bidirectional_scan_forward(
     if psi is not None and nu is not None:
         share = psi.to(wide)[:, None, None]
         out = out + nu.to(wide)[:, None, None] * (share * s[0] + (1 - share) * s[1])  # Semi-ViM Eq. (15), (16)
-    return (0.5 * out).to(u.dtype), torch.stack(states, 1)
+    return _as(0.5 * out, u), torch.stack(states, 1)
 
 
 def bidirectional_scan_backward(
@@ -203,7 +203,7 @@ def bidirectional_scan_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of u, u_b, delta, ..., delta_bias_b, in the order of the arguments; psi and nu have none."""
     wide = state_dtype(u)
-    gate, half = z.to(wide), 0.5 * grad.to(wide)
+    gate, half = z.to(wide).contiguous(), 0.5 * grad.to(wide)
     gated = half * F.silu(gate)
     y = torch.zeros_like(gate)
     gradients = []
@@ -229,7 +229,7 @@ def bidirectional_scan_backward(
             (gated * x).sum((0, 1)),
             draw.sum((0, 1)),
         )
-        gradients.append([g.to(operand.dtype) for g, operand in zip(of_direction, operands, strict=True)])
+        gradients.append([_as(g, operand) for g, operand in zip(of_direction, operands, strict=True)])
     ahead, back = gradients
     pairs = [gradient for pair in zip(ahead, back, strict=True) for gradient in pair]
-    return (*pairs[:6], _silu_backward(half * y, gate).to(z.dtype), *pairs[6:])
+    return (*pairs[:6], _as(torch.ops.aten.silu_backward(half * y, gate), z), *pairs[6:])

@@ -34,6 +34,7 @@ ENOUGH_PROGRAMS = 1024
 # States of a channel that the backward keeps in registers: tokens times n.
 SUB_STATES = 64
 GATE_BLOCK = 1024
+MOST_IMAGES = 65_535  # CUDA's limit of a grid's second and third dimension
 
 
 def unavailable(device: torch.device) -> str:
@@ -71,6 +72,8 @@ class _Plan(NamedTuple):
 
 def _plan(u: Tensor, n: int, directions: int) -> _Plan:
     b, l, d = u.shape
+    if b > MOST_IMAGES:
+        raise ValueError(f"the Triton scan takes at most {MOST_IMAGES} images in a batch, got {b}")
     blocks, chunks = triton.cdiv(d, BLOCK_D), triton.cdiv(l, CHUNK)
     wanted = ENOUGH_PROGRAMS // (b * blocks * directions)
     chunks_each = triton.cdiv(chunks, wanted) if wanted >= 4 else chunks
@@ -137,6 +140,11 @@ def _entry(
         effect, total, f.A, g.A, d, n, plan.segments, ADJOINT=adjoint, REVERSE=int(reverse), **tile, **LAUNCH
     )
     return effect
+
+
+def _weights(psi: Tensor | None, nu: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of the hidden-state mix as the kernels read them, one after the other."""
+    return None if psi is None else psi.contiguous(), None if nu is None else nu.contiguous()
 
 
 def _zeros_for(x: Tensor | None, u: Tensor) -> Tensor:
@@ -207,7 +215,7 @@ def bidirectional_scan_forward(
             entry = _entry(f, g, (f.u, g.u), (f.B, g.B), z, (None, None), plan, 2, 1.0, False, False, True, False)
         kernels.bidirectional_forward[(plan.blocks, b, plan.segments)](
             out, states, entry, partial, f.u, g.u, f.delta, g.delta, f.A, g.A, f.B, f.C, g.B, g.C, f.D, g.D, z,
-            f.bias, g.bias, psi, nu, *_strides(f, z), l, d, n, plan.segment,
+            f.bias, g.bias, *_weights(psi, nu), *_strides(f, z), l, d, n, plan.segment,
             MIXED=psi is not None, SEGMENTED=plan.segments > 1,
             STATES=plan.states, BLOCK_D=BLOCK_D, CHUNK=CHUNK, **LAUNCH,
         )  # fmt: skip
@@ -342,7 +350,7 @@ def bidirectional_scan_backward(
     """Return the gradients of u, u_b, delta, ..., delta_bias_b, in the order of the arguments; psi and nu have none."""
     f = _direction(u, delta, A, bc, D, delta_bias)
     g = _direction(u_b, delta_b, A_b, bc_b, D_b, delta_bias_b)
-    (of, of_b), dz = _backward(grad, f, g, z, (psi, nu), states, 0.5, True, False)
+    (of, of_b), dz = _backward(grad, f, g, z, _weights(psi, nu), states, 0.5, True, False)
     assert dz is not None
     return (
         of.u, of_b.u, of.delta, of_b.delta, of.row.to(bc.dtype), of_b.row.to(bc_b.dtype), dz,

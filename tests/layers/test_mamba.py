@@ -180,3 +180,12 @@ def test_nothing_is_copied_between_the_projections(monkeypatch):
 def test_an_unknown_reading_is_named():
     with pytest.raises(ValueError, match="'both', wanted one of"):
         BidirectionalMamba(DIM, ssmixup_c="both")
+
+
+@pytest.mark.parametrize("reading", mamba.SSMIXUP_C)
+def test_shares_and_strengths_are_constants(reading):
+    mixer = make_mixer(ssmixup_c=reading)
+    psi, nu = (torch.rand(BATCH, requires_grad=True) for _ in range(2))
+    mixer(torch.randn(BATCH, TOKENS, DIM), psi, nu).square().sum().backward()
+    assert psi.grad is None and nu.grad is None
+    assert mixer.x_proj.weight.grad.any()

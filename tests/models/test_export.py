@@ -53,8 +53,7 @@ def test_export_keeps_our_ops_and_the_batch_free(model):
 
 
 def test_onnx_runs_in_onnxruntime_with_one_scan_node_a_block(model, tmp_path):
-    with torch.no_grad():
-        program = torch.onnx.export(model, (image(2),), dynamo=True, dynamic_shapes=({0: Dim("batch")},), verbose=False)
+    program = torch.onnx.export(model, (image(2),), dynamo=True, dynamic_shapes=({0: Dim("batch")},), verbose=False)
     nodes = [node.op_type for node in program.model.graph]
     assert nodes.count("Scan") == len(model.blocks)
     assert {node.domain for node in program.model.graph} == {""}

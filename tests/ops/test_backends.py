@@ -1,10 +1,19 @@
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from semivim.ops import available_backends, backends, bidirectional_conv, selective_scan, use_backend
+from semivim.ops import (
+    available_backends,
+    backends,
+    bidirectional_conv,
+    causal_conv,
+    scan,
+    selective_scan,
+    use_backend,
+)
 from tests.ops.scan_cases import selective_inputs
 
 
@@ -70,15 +79,78 @@ def test_block_ends_after_an_error():
     assert chosen() == "scan_numba"
 
 
-def test_a_block_for_scan_kernels_only_leaves_the_convolution_its_choice(monkeypatch):
-    only_scan = backends._BACKENDS["reference"]._replace(ops=("scan",))
-    monkeypatch.setitem(backends._BACKENDS, "reference", only_scan)
+def test_a_block_leaves_a_convolution_that_cannot_follow_its_choice(monkeypatch):
+    unavailable = backends._unavailable
+
+    def without_reference(op, name, *rest):
+        return "no such kernels" if (op, name) == ("conv", "reference") else unavailable(op, name, *rest)
+
+    monkeypatch.setattr(backends, "_unavailable", without_reference)
     with use_backend("reference"):
         assert chosen(op="scan") == "scan_reference"
         assert chosen(op="conv") == "conv_numba"
     x = torch.randn(1, 4, 2)
-    with pytest.raises(ValueError, match="it has no conv kernels"):
+    with pytest.raises(ValueError, match="'reference' cannot run the conv on cpu: no such kernels"):
         bidirectional_conv(x, *[torch.randn(2, 1, 4), torch.randn(2)] * 2, backend="reference")
+
+
+def test_report_follows_block_and_environment(monkeypatch):
+    with use_backend("reference"):
+        assert available_backends("cpu")["reference"] == "available, chosen for cpu"
+        assert available_backends("cpu")["numba"] == "available"
+    monkeypatch.setenv("SEMIVIM_BACKEND", "")
+    assert available_backends("cpu")["numba"] == "available, chosen for cpu"
+    monkeypatch.setenv("SEMIVIM_BACKEND", "fast")
+    with pytest.raises(ValueError, match="got 'fast'"):
+        available_backends("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_chosen_for_it():
+    report = available_backends("cuda")
+    assert report["triton"] == "torch finds no CUDA device"
+    assert not any("chosen" in state for state in report.values() if state != report["reference"])
+
+
+def test_a_block_that_ends_late_takes_only_itself_away():
+    first, second = use_backend("reference"), use_backend("numba")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert chosen() == "scan_numba"
+    with use_backend("reference"):
+        second.__exit__(None, None, None)
+        assert chosen() == "scan_reference"
+    assert chosen() == "scan_numba"
+
+
+def test_a_backward_stays_with_its_forward(monkeypatch):
+    ran = []
+    choose = backends.choose
+
+    def note(op, backend, *rest):
+        ran.append((op, choose(op, backend, *rest).__name__.rpartition("_")[2]))
+        return choose(op, backend, *rest)
+
+    monkeypatch.setattr(scan, "choose", note)
+    monkeypatch.setattr(causal_conv, "choose", note)
+    inputs = {name: x.requires_grad_() for name, x in selective_inputs(1, 3, 2, 2).items()}
+    x = torch.randn(1, 4, 2, requires_grad=True)
+    with use_backend("reference"):
+        out = (
+            selective_scan(**inputs).sum() + bidirectional_conv(x, *[torch.randn(2, 1, 4), torch.randn(2)] * 2)[0].sum()
+        )
+    out.backward()
+    assert sorted(ran) == [("conv", "reference")] * 2 + [("scan", "reference")] * 2
+
+
+def test_numba_without_its_compiler_says_so():
+    code = "import semivim.ops as ops; print(ops.available_backends('cpu'))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, capture_output=True, text=True
+    )
+    assert "'numba': \"numba's compiler is switched off by NUMBA_DISABLE_JIT\"" in result.stdout, result.stderr
+    assert "'reference': 'available, chosen for cpu'" in result.stdout
 
 
 def test_import_brings_no_kernel_package():

@@ -138,3 +138,14 @@ def test_exported_programs_hold_a_plain_linear():
 
     program = torch.export.export(Layer(), operands((2, 30, 64), 80))
     assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
+
+
+def test_a_wrong_width_is_torchs_error():
+    x, weight = operands((3, 9, 64), 80)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x, weight[:, :60])
+
+
+def test_maps_over_a_batch():
+    x, weight = operands((3, 9, 64), 80)
+    assert_close("y", torch.func.vmap(linear, in_dims=(0, None))(x, weight), F.linear(x, weight))

@@ -46,11 +46,14 @@ def test_bidirectional_scan_is_the_float64_one(backend, dtype, l):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bare", (False, True), ids=("gated", "bare"))
 @pytest.mark.parametrize("reverse", (False, True), ids=("ahead", "reverse"))
-@pytest.mark.parametrize("l", LENGTHS[:-1])
-def test_selective_scan_is_the_float64_one(backend, bare, reverse, l):
-    inputs = selective_inputs(1, l, 20, 16, bare=bare)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_selective_scan_is_the_float64_one(backend, bare, reverse, dtype, l):
+    if dtype != "float32" and l > 100:
+        l = 65 if reverse else 128  # half precision at every length is the bidirectional scan's
+    inputs = selective_inputs(1, l, 20, 16, DTYPES[dtype], bare)
     actual = run(selective_scan, inputs, backend=backend, delta_softplus=not bare, reverse=reverse)
-    compare(actual, expected_selective(l, torch.float32, bare, reverse))
+    compare(actual, expected_selective(l, DTYPES[dtype], bare, reverse), dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -151,6 +154,16 @@ def test_mixed_dtypes_keep_their_own(backend):
     compare(result, in_float64(bidirectional_scan, inputs), "bfloat16")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_weights_are_widened_before_anything_else(backend):
+    inputs = bidirectional_inputs(1, 30, 8, 4)
+    inputs |= {name: inputs[name].bfloat16() for name in ("A", "A_b", "D", "delta_bias")}
+    with torch.no_grad():
+        out = bidirectional_scan(**inputs, backend=backend)
+        truth = bidirectional_scan(**{name: x.double() for name, x in inputs.items()}, backend="reference")
+    assert_close("out", out, truth)
+
+
 def test_state_is_float32_under_bfloat16():
     # 400 equal increments: a bfloat16 state stops growing at 256.
     l = 400
@@ -198,8 +211,17 @@ def test_no_token_and_integers_are_errors():
     inputs = selective_inputs(2, 7, 8, 4)
     with pytest.raises(ValueError, match="at least one token"):
         selective_scan(**{name: x[..., :0] if x.dim() == 3 else x for name, x in inputs.items()})
-    with pytest.raises(ValueError, match="floating dtype"):
+    with pytest.raises(ValueError, match="u must have a real floating dtype, got torch.int64"):
         selective_scan(**inputs | {"u": inputs["u"].long()})
+
+
+@pytest.mark.parametrize("name", ("z", "A", "A_b", "D_b", "psi"))
+def test_an_operand_elsewhere_or_of_another_kind_is_named(name):
+    inputs = bidirectional_inputs(2, 7, 8, 4) | mixing(2)
+    with pytest.raises(ValueError, match=f"^{name} must be on cpu as u is, got meta"):
+        bidirectional_scan(**inputs | {name: inputs[name].to("meta")})
+    with pytest.raises(ValueError, match=f"^{name} must have a real floating dtype, got torch.complex64"):
+        bidirectional_scan(**inputs | {name: inputs[name].to(torch.complex64)})
 
 
 # opcheck reads .grad of tensors that it computed itself.
@@ -214,6 +236,20 @@ def test_opcheck(backend):
     rows = {name: x[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in ("u", "delta", "B", "C")}
     arguments = (rows["u"], rows["delta"], x["A"], rows["B"], rows["C"], x["D"], None, x["delta_bias"])
     torch.library.opcheck(torch.ops.semivim.selective_scan.default, (*arguments, True, True, backend))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_transposed_inputs(backend):
+    inputs = {name: x.requires_grad_() for name, x in bidirectional_inputs(2, 9, 5, 3).items()}
+    for name in ("u", "u_b", "delta", "bc", "z"):
+        inputs[name] = inputs[name].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    torch.library.opcheck(torch.ops.semivim.bidirectional_scan.default, (*inputs.values(), None, None, backend))
+    x = {name: x.requires_grad_() for name, x in selective_inputs(2, 9, 5, 3).items()}
+    rows = (x[name].transpose(1, 2) for name in ("u", "delta"))
+    arguments = (*rows, x["A"], x["B"].transpose(1, 2), x["C"].transpose(1, 2), x["D"], x["z"].transpose(1, 2), None)
+    arguments = [None if a is None else a.detach().requires_grad_() for a in arguments]
+    torch.library.opcheck(torch.ops.semivim.selective_scan.default, (*arguments, True, False, backend))
 
 
 def test_fake_and_real_outputs_agree_on_meta():

@@ -44,7 +44,9 @@ def compare(names, actual, expected, dtype):
 
 def compare_bidirectional(inputs, mixed, dtype="float32"):
     """Output, states and every gradient of the kernels against the reference's."""
-    operands = (*inputs.values(), *(mixing(inputs["u"].shape[0]).values() if mixed else (None, None)))
+    device = inputs["u"].device
+    weights = (x.to(device) for x in mixing(inputs["u"].shape[0]).values())
+    operands = (*inputs.values(), *(weights if mixed else (None, None)))
     out, states = scan_triton.bidirectional_scan_forward(*operands)
     expected = scan_reference.bidirectional_scan_forward(*operands)
     compare(("out", "states"), (out, states), expected, dtype)
@@ -95,6 +97,23 @@ def test_selective_scan_is_the_reference(monkeypatch, bare, softplus, reverse, p
 
 
 @interpreted
+def test_strided_weights_of_the_mix():
+    inputs = bidirectional_inputs(2, 9, 4, 3)
+    mix = torch.rand(2, 2)
+    for psi, nu in ((mix[:, 0], mix[:, 1]), (mix[0, :1].expand(2), mix[1, :1].expand(2))):
+        operands = (*inputs.values(), psi, nu)
+        out, states = scan_triton.bidirectional_scan_forward(*operands)
+        assert_close("out", out, scan_reference.bidirectional_scan_forward(*operands)[0])
+        actual = scan_triton.bidirectional_scan_backward(out, *operands, states)
+        compare(inputs, actual, scan_reference.bidirectional_scan_backward(out, *operands, states), "float32")
+
+
+def test_a_batch_over_the_grids_limit_is_refused():
+    with pytest.raises(ValueError, match="at most 65535 images in a batch, got 65536"):
+        scan_triton._plan(torch.empty(65_536, 1, 1, device="meta"), 1, 1)
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
 def test_half_precision_keeps_a_float32_state(dtype):
     compare_bidirectional(bidirectional_inputs(1, 9, 4, 3, dtype), True, str(dtype).removeprefix("torch."))
@@ -141,6 +160,25 @@ class TestOnGpu:
         inputs = gpu_operands(b, l, d, getattr(torch, dtype))
         a, b = (run_on_gpu(inputs) for _ in range(2))
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("l", (1, 7, 63, 64, 197, 730))
+class TestLengthsOnGpu:
+    pytestmark = on_gpu
+
+    def test_bidirectional(self, l):
+        compare_bidirectional(gpu_operands(2, l, 40, torch.float32), l % 2 == 1)
+
+    @pytest.mark.parametrize("reverse", (False, True), ids=("ahead", "reverse"))
+    def test_selective(self, l, reverse):
+        inputs = {name: x.cuda().requires_grad_() for name, x in selective_inputs(2, l, 40, 16).items()}
+
+        def gradients(backend):
+            out = selective_scan(**inputs, delta_softplus=True, reverse=reverse, backend=backend)
+            return out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))
+
+        for name, a, b in zip(("out", *inputs), gradients("triton"), gradients("reference"), strict=True):
+            assert_close(name, a, b, "float32" if name == "out" else "float32_grad")
 
 
 def run_on_gpu(inputs):
