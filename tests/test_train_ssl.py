@@ -286,7 +286,7 @@ def test_config_file_sets_defaults_and_refuses_unknown_keys(tmp_path, capsys):
     args = train_ssl.parse_args(["-c", str(path), "--labels-per-class", "3"])
     assert (args.lr, args.labels_per_class, args.scale) == (3e-4, 3, [0.5, 1.0])
     for content, message in (
-        ({"label_per_class": 2}, "unknown key 'label_per_class' (did you mean 'labels_per_class'?)"),
+        ({"label_per_class": 2}, "unknown key 'label_per_class' (did you mean labels_per_class?)"),
         ({"lr": "fast"}, "lr: fast is not a finite number >= 0"),
         ({"amp": "yes please"}, "amp: wanted true or false"),
         ({"scale": 0.5}, "scale: wanted a list of 2 values"),

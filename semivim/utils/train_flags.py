@@ -33,7 +33,7 @@ NON_NEGATIVE = Number(0)
 
 def optimizers() -> list[str]:
     """Names that timm's optimizer factory takes."""
-    return [prefix + name for prefix in ("", "lookahead_") for name in list_optimizers()]
+    return [f"{prefix}{name}" for prefix in ("", "lookahead_") for name in list_optimizers()]
 
 
 def compile_backends() -> list[str]:
