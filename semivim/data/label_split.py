@@ -104,7 +104,8 @@ def make_split(
         fraction: Share of every class to label, in (0, 1].
         per_class: Images of every class to label.
         imb_n1: Images of the first class to label; the others follow ``imb_factor_l``.
-        imb_m1: Unlabelled images of the first class; the others follow ``imb_factor_u``. All that is left if None.
+        imb_m1: Unlabelled images of the first class, beside ``imb_n1``; the others follow ``imb_factor_u``. All that is
+            left if None.
         imb_factor_l: Labelled images of the first class over those of the last, at least 1.
         imb_factor_u: The same for unlabelled images; negative reverses the order of the classes.
         min_per_class: Labels that every class gets at least with ``fraction``; 0 accepts classes without any.
@@ -121,6 +122,14 @@ def make_split(
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
         raise ValueError(f"exactly one of {', '.join(given)} must be given, got {', '.join(chosen) or 'none'}")
+    _refuse_unread(
+        "imb_n1", imb_n1, imb_m1=(imb_m1, None), imb_factor_l=(imb_factor_l, 1), imb_factor_u=(imb_factor_u, 1)
+    )
+    _refuse_unread("imb_m1", imb_m1, imb_factor_u=(imb_factor_u, 1))
+    if min_per_class < 0:
+        raise ValueError(f"min_per_class must not be negative, got {min_per_class}")
+    if fraction is None and min_per_class > 1:
+        raise ValueError(f"min_per_class is {min_per_class}, which only fraction reads; with {chosen[0]} it is 0 or 1")
     members = _shuffled_members(labels, num_classes, seed, fold)
     sizes = np.array([len(m) for m in members])
     unlabelled = None
@@ -129,8 +138,6 @@ def make_split(
         if imb_m1 is not None:
             rest = [m[n:] for m, n in zip(members, counts, strict=True)]
             unlabelled = _take(rest, long_tail(num_classes, imb_m1, imb_factor_u, "imb_m1", "imb_factor_u"), "imb_m1")
-    elif imb_m1 is not None:
-        raise ValueError(f"imb_m1 is {imb_m1} without imb_n1, the labels of the first class")
     elif fraction is not None:
         counts = _fraction_counts(sizes, fraction, min_per_class)
     else:
@@ -158,11 +165,15 @@ def complete_split(
         include_labelled: Use the labelled images as unlabelled ones too.
 
     Raises:
-        ValueError: If a position is out of range, repeated, or without a label; if a class has no labelled image; if
-            labelled and unlabelled images overlap; if there is no unlabelled image.
+        ValueError: If a position is out of range, repeated, or without a label; if a class, or all, have no labelled
+            image; if labelled and unlabelled images overlap.
     """
     check_labels(labels, num_classes)
     labelled = _check_positions("labelled", labelled, len(labels))
+    if len(labelled) == 0:
+        raise ValueError(
+            f"none of the {len(labels)} images is labelled: label more, or let min_per_class be at least 1"
+        )
     if (labels[labelled] == UNKNOWN).any():
         first = labelled[labels[labelled] == UNKNOWN][0]
         raise ValueError(f"labelled image {first} has no known label")
@@ -185,8 +196,6 @@ def complete_split(
             f"{len(missing)} of {num_classes} classes have no labelled image: {_listed(missing)}; "
             f"min_per_class=0 accepts that"
         )
-    if len(unlabelled) == 0:
-        raise ValueError(f"no unlabelled image is left: all {len(labels)} are labelled")
     return split
 
 
@@ -223,6 +232,13 @@ def long_tail(
     return counts if factor > 0 else counts[::-1].copy()
 
 
+def _refuse_unread(owner: str, owner_value: int | None, **values: tuple[float | None, float | None]) -> None:
+    """Refuse an argument, given as (value, default), that is read only where its owner is given."""
+    for name, (value, default) in values.items():
+        if owner_value is None and value != default:
+            raise ValueError(f"{name} is {value}, but read only with {owner}")
+
+
 def _listed(values: np.ndarray, limit: int = 10) -> str:
     more = ", ..." if len(values) > limit else ""
     return ", ".join(str(value) for value in values[:limit]) + more
@@ -252,8 +268,6 @@ def _shuffled_members(labels: np.ndarray, num_classes: int, seed: int, fold: int
 def _fraction_counts(sizes: np.ndarray, fraction: float, min_per_class: int) -> np.ndarray:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    if min_per_class < 0:
-        raise ValueError(f"min_per_class must not be negative, got {min_per_class}")
     proportional = np.floor(fraction * sizes + 0.5).astype(np.int64)
     return np.minimum(np.maximum(proportional, min_per_class), sizes)
 
@@ -276,7 +290,7 @@ _HEADER_PATTERN = re.compile(
 def save_split(split: LabelSplit, folder: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
     """Write labelled.txt and unlabelled.txt: a header, then ``index label [name]`` or ``index [name]`` lines.
 
-    Each file appears whole or not at all.
+    Names that would not fit a line of text are written as Python strings. Each file appears whole or not at all.
 
     Args:
         split: What to write.
@@ -295,7 +309,7 @@ def save_split(split: LabelSplit, folder: str | os.PathLike[str], names: Sequenc
         if role == "labelled":
             columns.append(split.labels[positions].tolist())
         if names is not None:
-            columns.append([names[i] for i in positions])
+            columns.append([_in_one_line(names[i]) for i in positions])
         lines = (" ".join(map(str, row)) for row in zip(*columns, strict=True))
         write_text(Path(folder) / f"{role}.txt", "\n".join([header, *lines, ""]))
 
@@ -341,6 +355,11 @@ def load_split(
     return split
 
 
+def _in_one_line(name: str) -> str:
+    """Quote a file name that holds line breaks or bytes that are no text."""
+    return name if name.isprintable() else ascii(name)
+
+
 def _read_saved(path: Path, role: str) -> tuple[tuple[int, int, str], list[list[str]]]:
     if not path.is_file():
         raise ValueError(f"saved split {path} does not exist")
@@ -368,5 +387,6 @@ def _fill_labels(path: Path, labels: np.ndarray, rows: list[list[str]]) -> None:
 
 def _check_names(path: Path, names: Sequence[str], rows: list[list[str]], column: int) -> None:
     for row in rows:
-        if len(row) > column and names[int(row[0])] != row[column]:
-            raise ValueError(f"{path} says {row[column]!r} is image {row[0]}, the data set has {names[int(row[0])]!r}")
+        name = names[int(row[0])]
+        if len(row) > column and _in_one_line(name) != row[column]:
+            raise ValueError(f"{path} says {row[column]!r} is image {row[0]}, the data set has {name!r}")

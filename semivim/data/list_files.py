@@ -74,8 +74,11 @@ def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | 
     """
     if not os.path.isfile(path):
         raise ValueError(f"list {path!r} is not a file")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = file.read().splitlines()
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().split("\n")  # only there: file names may hold what splitlines() takes for a line's end
+    except UnicodeDecodeError as error:
+        raise ValueError(f"list {path!r} is not UTF-8 text: {error}") from error
     entries = _indexed(path, lines, source) if _is_indexed(lines) else _named(path, lines, source, data_dir)
     seen: dict[int, int] = {}
     labels = []
@@ -146,6 +149,7 @@ class _NameFinder:
         assert source.names is not None
         self.names = source.names
         self.source_root = os.path.abspath(source.root or "")
+        self.real_source_root = os.path.realpath(self.source_root)
         root = os.path.abspath(data_dir) if data_dir else self.source_root
         # Paths in a list may start at the data set's root, the source at its folder for the split.
         self.prefix = os.path.relpath(self.source_root, root) + os.sep
@@ -161,9 +165,10 @@ class _NameFinder:
         self.real_folder = lru_cache(maxsize=None)(os.path.realpath)
 
     def __call__(self, name: str) -> int:
-        if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
-            raise ValueError(f"{name!r} is outside the root: wanted a path below {self.real_root}")
-        path = os.path.normpath(name)
+        path = name.removeprefix(self.source_root + os.sep).removeprefix(self.real_source_root + os.sep)
+        if os.path.isabs(path) or ".." in re.split(r"[/\\]", path):
+            raise ValueError(f"{name!r} is outside the root: wanted a path below {self.source_root}")
+        path = os.path.normpath(path)
         position = self.by_path.get(path)
         if position is None:
             position = self.by_path.get(path.removeprefix(self.prefix))

@@ -340,7 +340,8 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         return source
     if isinstance(reader, ReaderImageInTar):
         labels, class_names = _classes(reader.targets, reader.class_name_to_idx)
-        return ImageSource(_TimmReader(reader), labels, class_names, reader.filenames(), reader.root)
+        names = [os.path.normpath(name) for name in reader.filenames()]
+        return ImageSource(_TimmReader(reader), labels, class_names, names, reader.root)
     labels, class_names = _classes(reader.iter_targets(), reader.class_to_idx)  # Hugging Face
     return ImageSource(_TimmReader(reader), labels, class_names)
 

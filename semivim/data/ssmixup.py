@@ -16,10 +16,9 @@ class MixedBatch(NamedTuple):
     images: Tensor  # (b, c, h, w)
     targets: Tensor  # (b, k), rows sum to 1
     confidence: Tensor  # (b,), what the threshold is applied to
-    weight: Tensor  # (b,), share of the first image of each pair
 
 
-def pair_retained(keep: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def pair_retained(keep: Tensor) -> Tensor:
     """Give every retained row another retained row as its partner.
 
     The retained rows are joined into one ring in random order, so no row is paired with itself as long as there are
@@ -27,14 +26,13 @@ def pair_retained(keep: Tensor, generator: torch.Generator | None = None) -> Ten
 
     Args:
         keep: Retained rows, ``(b,)``, bool.
-        generator: Source of the random order, on the device of ``keep``; torch's global one if None.
 
     Returns:
         Index of the partner, ``(b,)``, int64; a permutation of the rows.
     Source: Semi-ViM Eq. (12)-(13) leaves the pairing open; it pairs among retained images only.
     """
     rows = torch.arange(keep.shape[0], device=keep.device)
-    key = torch.rand(keep.shape[0], generator=generator, device=keep.device)
+    key = torch.rand(keep.shape[0], device=keep.device)
     ring = torch.where(keep, key, key + 1).argsort()  # the retained rows first, in random order
     following = torch.where(rows + 1 < keep.sum(), rows + 1, 0)
     partner = torch.empty_like(rows).scatter_(0, ring, ring[following])
@@ -92,9 +90,7 @@ def mix_targets(pseudo: Tensor, partner: Tensor, weight: Tensor, num_classes: in
     return psi * one_hot + (1 - psi) * one_hot[partner]
 
 
-def cutmix_boxes(
-    weight: Tensor, height_px: int, width_px: int, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def cutmix_boxes(weight: Tensor, height_px: int, width_px: int) -> tuple[Tensor, Tensor]:
     """Draw one box an image that leaves about a share ``weight`` of it outside.
 
     The box has the image's aspect ratio and a uniform centre, and is clipped at the border.
@@ -103,7 +99,6 @@ def cutmix_boxes(
         weight: Wanted share outside the box, ``(b,)``, in [0, 1].
         height_px: Image height.
         width_px: Image width.
-        generator: Source of the centres, on the device of ``weight``.
 
     Returns:
         Mask that is True inside the box, ``(b, 1, h, w)``, and the share outside the clipped box, ``(b,)``, float32.
@@ -113,7 +108,7 @@ def cutmix_boxes(
 
     def inside(size_px: int) -> Tensor:
         half = (size_px * share).floor() // 2
-        centre = (torch.rand(weight.shape[0], generator=generator, device=weight.device) * size_px).floor()
+        centre = (torch.rand(weight.shape[0], device=weight.device) * size_px).floor()
         position = torch.arange(size_px, device=weight.device)
         return (position >= (centre - half)[:, None]) & (position < (centre + half)[:, None])
 
@@ -128,7 +123,6 @@ def mix_probabilistic(
     num_classes: int,
     switch_prob: float = 0.5,
     smoothing: float = 0.1,
-    generator: torch.Generator | None = None,
 ) -> MixedBatch:
     """Mix each image with a random partner, by a box or pixel by pixel, in the ratio of their confidences.
 
@@ -142,17 +136,16 @@ def mix_probabilistic(
         num_classes: k.
         switch_prob: Probability, for each image, of a box (CutMix) instead of a blend (Mixup).
         smoothing: Share of each one-hot target spread evenly over all classes, in [0, 1).
-        generator: Source of randomness, on the device of ``images``.
 
     Returns:
-        The mixed batch; its weight is taken from the clipped box where a box was cut.
+        The mixed batch; targets follow the share of the clipped box where a box was cut.
     Source: Cai et al. 2022, Semi-ViT (arXiv:2208.05688), probabilistic pseudo mixup.
     """
     b, _, h, w = images.shape
-    partner = torch.randperm(b, generator=generator, device=images.device)
+    partner = torch.randperm(b, device=images.device)
     weight = mixing_weight(confidence, confidence[partner])
-    by_box = torch.rand(b, generator=generator, device=images.device) < switch_prob
-    box, box_weight = cutmix_boxes(weight, h, w, generator)
+    by_box = torch.rand(b, device=images.device) < switch_prob
+    box, box_weight = cutmix_boxes(weight, h, w)
     blended = mix_inputs(images, partner, weight)
     pasted = torch.where(box, images[partner], images)
     weight = torch.where(by_box, box_weight, weight)
@@ -160,5 +153,4 @@ def mix_probabilistic(
         images=torch.where(by_box.view(-1, 1, 1, 1), pasted, blended),
         targets=mix_targets(pseudo, partner, weight, num_classes, smoothing),
         confidence=torch.maximum(confidence, confidence[partner]).detach().float(),
-        weight=weight,
     )

@@ -130,7 +130,6 @@ class UnlabelledBatch(NamedTuple):
     weak: Tensor  # (b, c, h, w)
     strong: Tensor  # (b, c, h, w)
     label: Tensor  # (b,), int64, -1 where unknown
-    position: Tensor  # (b,), int64, place in the training set
 
 
 class SslBatch(NamedTuple):
@@ -201,6 +200,11 @@ class StepBatches(Dataset):
             raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
         if len(split.labels) != len(source):
             raise ValueError(f"split covers {len(split.labels)} images, the source has {len(source)}")
+        if unlabelled_batch_size and not len(split.unlabelled):
+            raise ValueError(
+                f"no unlabelled image is left: all {len(split.labelled)} are labelled; label fewer, add unlabelled "
+                f"ones (--unlabeled-dir, --unlabeled-include-labeled) or train with --ssl-method supervised"
+            )
         self.source, self.split, self.views = source, split, views
         self.batch_size, self.unlabelled_batch_size = batch_size, unlabelled_batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -220,7 +224,6 @@ class StepBatches(Dataset):
                     weak=self.views.weak(images, seeds),
                     strong=self.views.strong(images, [seed + 2 for seed in seeds]),
                     label=torch.from_numpy(self.split.labels[index]),
-                    position=torch.tensor(index),
                 )
         return SslBatch(labelled, unlabelled, torch.tensor(skipped, dtype=torch.int64))
 
@@ -272,16 +275,6 @@ class SslLoader:
     def __init__(self, batches: StepBatches, num_workers: int = 0, pin_memory: bool = False) -> None:
         self.batches, self.num_workers, self.pin_memory = batches, num_workers, pin_memory
         self.unreadable: dict[int, int] = {}
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of one pass over the unlabelled images, over the labelled ones where no others are used."""
-        data = self.batches
-        if data.unlabelled_batch_size:
-            images, batch_size = len(data.split.unlabelled), data.unlabelled_batch_size
-        else:
-            images, batch_size = len(data.split.labelled), data.batch_size
-        return max(images // (batch_size * data.world_size), 1)
 
     def steps(self, start_step: int = 0) -> Iterator[SslBatch]:
         """Give the batches of ``start_step`` and all that follow, without end."""

@@ -47,11 +47,7 @@ def test_the_draw_is_pinned_across_releases():
 def test_every_class_gets_its_share_or_the_minimum(drawn, fraction, minimum, seed):
     labels = np.array([0, 1, 2, 3, *drawn])
     sizes = np.bincount(labels, minlength=4)
-    try:
-        split = make_split(labels, 4, fraction=fraction, min_per_class=minimum, seed=seed)
-    except ValueError as error:
-        assert "no unlabelled image" in str(error)
-        return
+    split = make_split(labels, 4, fraction=fraction, min_per_class=minimum, seed=seed)
     for size, count in zip(sizes, split.labels_per_class, strict=True):
         assert count == min(max(int(fraction * size + 0.5), minimum), size)
 
@@ -112,12 +108,17 @@ def test_long_tailed_split_takes_labelled_first_and_may_reverse_the_rest():
         ({"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0.0"),
         ({"fraction": 1.5}, "got 1.5"),
         ({"fraction": float("nan")}, "got nan"),
-        ({"fraction": 1.0}, "no unlabelled image is left"),
-        ({"per_class": 0}, "5 of 5 classes have no labelled image: 0, 1, 2, 3, 4"),
+        ({"per_class": 0}, "none of the 500 images is labelled"),
+        ({"fraction": 0.001, "min_per_class": 0}, "none of the 500 images is labelled"),
         ({"per_class": -1}, "per_class must not be negative, got -1"),
         ({"per_class": 101}, "per_class wants 101 images of class 0, only 100 are left"),
         ({"fraction": 0.1, "min_per_class": -1}, "min_per_class must not be negative, got -1"),
-        ({"fraction": 0.1, "imb_m1": 5}, "imb_m1 is 5 without imb_n1"),
+        ({"per_class": 4, "min_per_class": -1}, "min_per_class must not be negative, got -1"),
+        ({"per_class": 4, "min_per_class": 2}, "min_per_class is 2, which only fraction reads; with per_class it is"),
+        ({"fraction": 0.1, "imb_m1": 5}, "imb_m1 is 5, but read only with imb_n1"),
+        ({"fraction": 0.1, "imb_factor_l": 5.0}, "imb_factor_l is 5.0, but read only with imb_n1"),
+        ({"per_class": 4, "imb_factor_u": -5.0}, "imb_factor_u is -5.0, but read only with imb_n1"),
+        ({"imb_n1": 10, "imb_factor_u": 5.0}, "imb_factor_u is 5.0, but read only with imb_m1"),
         ({"imb_n1": 0}, "imb_n1 must be at least 1, got 0"),
         ({"imb_n1": 10, "imb_factor_l": 0.5}, "imb_factor_l must be at least 1"),
         ({"imb_n1": 10, "imb_factor_l": 100}, "have no labelled image: 3, 4"),
@@ -152,13 +153,21 @@ def test_labels_that_cannot_be(labels, message):
         ([0, 0, 1], None, "labelled index 0 is given 2 times"),
         ([0, 1], [2, 9], "unlabelled index 9"),
         ([0, 1], [1, 2], "1 images are both labelled and unlabelled, the first is image 1"),
-        ([0, 1], [], "no unlabelled image"),
+        ([], None, "none of the 4 images is labelled"),
         ([0, 3], None, "labelled image 3 has no known label"),
     ],
 )
 def test_positions_that_cannot_be(labelled, unlabelled, message):
     with pytest.raises(ValueError, match=message):
         complete_split(np.array([0, 1, 1, -1]), 2, labelled, unlabelled)
+
+
+def test_every_image_may_be_labelled(tmp_path):
+    split = make_split(balanced(), 5, fraction=1.0)
+    assert (len(split.labelled), len(split.unlabelled), split.effective_fraction) == (500, 0, 1.0)
+    assert "500 of 500 images (100.00% of those used), 0 unlabelled" in split.report()
+    save_split(split, tmp_path)
+    assert load_split(tmp_path, balanced(), 5).sha256 == split.sha256
 
 
 def names(n):
@@ -180,6 +189,15 @@ def test_saved_split_comes_back(tmp_path, with_names):
     assert split.sha256 in header
     position = split.labelled[0]
     assert first == f"{position} {labels[position]}" + (f" {known[position]}" if with_names else "")
+
+
+def test_file_names_that_are_no_line_of_text_come_back(tmp_path):
+    odd = ["a\nb.png", "a\r", "\udcff.png", "a\u2028b ", " ä b\u202f.png", "'quoted'"]
+    split = complete_split(np.array([0, 1, 0, 1, 0, 1]), 2, np.array([0, 1, 4]))
+    save_split(split, tmp_path, odd)
+    assert load_split(tmp_path, split.labels, 2, odd).sha256 == split.sha256
+    with pytest.raises(ValueError, match="is image 0, the data set has 'a.b.png'"):
+        load_split(tmp_path, split.labels, 2, ["a.b.png", *odd[1:]])
 
 
 def test_saved_labels_fill_in_what_the_data_set_does_not_know(tmp_path):

@@ -79,6 +79,32 @@ def test_names_with_spaces(write_images, write_list):
     assert listed.labels.tolist() == [-1, 2]
 
 
+def test_windows_line_ends_and_byte_order_mark(source, tmp_path):
+    (tmp_path / "list.txt").write_bytes("\ufeffn01_10.png 1\r\n\r\nn00_2.png 0\r\n".encode())
+    assert listed_names(source, str(tmp_path / "list.txt")) == ["n01/n01_10.png", "n00/n00_2.png"]
+
+
+def test_absolute_paths_below_the_root(source, data_dir, write_list, tmp_path):
+    path = write_list(f"{data_dir}/train/n01/n01_10.png 1", f"{data_dir}/train/n00/n00_2.png 0")
+    expected = ["n01/n01_10.png", "n00/n00_2.png"]
+    assert listed_names(source, path) == expected
+    (tmp_path / "alias").symlink_to(data_dir)
+    assert listed_names(open_source("", str(tmp_path / "alias"), "train"), path) == expected
+    with pytest.raises(ValueError, match="line 1: '.*/val/n00/n00_7.png' is outside the root: wanted .*/root/train"):
+        listed_names(source, write_list(f"{data_dir}/val/n00/n00_7.png"))
+
+
+def test_names_with_what_ends_lines_elsewhere(write_images, write_list):
+    source = open_unlabelled_folder(str(write_images(["a\u2028b.png", "c\x0bd.png"])))
+    assert listed_names(source, write_list("c\x0bd.png 1", "a\u2028b.png")) == ["c\x0bd.png", "a\u2028b.png"]
+
+
+def test_list_that_is_no_text(source, tmp_path):
+    (tmp_path / "list.txt").write_bytes("größe.png".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"list '.*list.txt' is not UTF-8 text: .*0xf6"):
+        read_list(str(tmp_path / "list.txt"), source, 3)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

@@ -338,9 +338,9 @@ def test_tar_of_the_current_folder(write_images, tmp_path):
         tar.add(root, arcname=".")
     source = open_source("", str(tmp_path / "data.tar"))
     assert dict(zip(source.names, source.labels.tolist(), strict=True)) == {
-        "./cat/1.png": 0,
-        "./dog/3.png": 1,
-        "./2.png": -1,
+        "cat/1.png": 0,
+        "dog/3.png": 1,
+        "2.png": -1,
     }
     assert source.class_names == ["cat", "dog"]
 

@@ -155,9 +155,9 @@ def test_ranks_share_every_epoch_without_overlap(world_size):
             batch = rank[step]
             labelled += shown(batch.labelled.image)
             unlabelled += shown(batch.unlabelled.weak)
-            assert batch.unlabelled.position.tolist() == shown(batch.unlabelled.strong) == shown(batch.unlabelled.weak)
+            assert shown(batch.unlabelled.strong) == shown(batch.unlabelled.weak)
             assert batch.labelled.label.tolist() == [p % 2 for p in shown(batch.labelled.image)]
-            assert batch.unlabelled.label.tolist() == [p % 2 for p in batch.unlabelled.position.tolist()]
+            assert batch.unlabelled.label.tolist() == [p % 2 for p in shown(batch.unlabelled.weak)]
     for stream, members in ((labelled, range(7)), (unlabelled, range(7, 37))):
         n = len(members)
         epochs = [stream[i : i + n] for i in range(0, len(stream) - n + 1, n)]
@@ -213,9 +213,11 @@ def test_an_image_gets_a_new_view_every_epoch_and_views_are_independent():
     view = random_views().weak
     batches = StepBatches(source, split, Views(view, view, view), 1, 4)
     first, second = batches[0].unlabelled, batches[1].unlabelled
-    assert sorted(first.position.tolist()) == sorted(second.position.tolist()) == [0, 1, 2, 3]
-    for row, position in enumerate(first.position.tolist()):
-        again = second.position.tolist().index(position)
+    order = EndlessOrder(split.unlabelled, 42, 1)
+    positions = [order[place][1] for place in range(8)]
+    assert sorted(positions[:4]) == sorted(positions[4:]) == [0, 1, 2, 3]
+    for row, position in enumerate(positions[:4]):
+        again = positions[4:].index(position)
         assert not torch.equal(first.weak[row], second.weak[again])
         assert not torch.equal(first.weak[row], first.strong[row])
 
@@ -237,7 +239,7 @@ def test_unreadable_images_are_skipped_counted_and_named_once(caplog, num_worker
     loader = SslLoader(StepBatches(source, split, PLAIN, 7, 30), num_workers=num_workers)
     with caplog.at_level(logging.WARNING):
         for batch in islice(loader.steps(), 3):
-            positions = batch.unlabelled.position.tolist()
+            positions = shown(batch.unlabelled.weak)
             assert len(positions) == 30
             assert 11 not in positions
             assert set(positions) == set(range(7, 37)) - {11}
@@ -297,12 +299,13 @@ def test_evaluation_needs_labels():
         create_eval_loader(source, plain(is_training=False), 2)
 
 
-def test_steps_per_epoch():
-    source, split = numbered()
-    assert SslLoader(StepBatches(source, split, PLAIN, 2, 8)).steps_per_epoch == 3
-    assert SslLoader(StepBatches(source, split, PLAIN, 2, 8, rank=1, world_size=2)).steps_per_epoch == 1
-    assert SslLoader(StepBatches(source, split, PLAIN, 2, 80)).steps_per_epoch == 1
-    assert SslLoader(StepBatches(source, split, PLAIN, 2, 0)).steps_per_epoch == 3
+def test_unlabelled_images_are_needed_only_where_they_are_asked_for():
+    source, split = numbered(num_unlabelled=0)
+    batch = StepBatches(source, split, PLAIN, 7, 0)[0]
+    assert batch.unlabelled is None
+    assert sorted(shown(batch.labelled.image)) == list(range(7))
+    with pytest.raises(ValueError, match="all 7 are labelled; label fewer, .*--unlabeled-dir.*--ssl-method supervised"):
+        StepBatches(source, split, PLAIN, 7, 1)
 
 
 @pytest.mark.parametrize(

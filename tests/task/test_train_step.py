@@ -34,7 +34,7 @@ def batch(seed, scale=1.0):
     g = torch.Generator().manual_seed(seed)
     labelled = LabelledBatch(scale * torch.randn(4, 1, 2, 2, generator=g), torch.tensor([0, 1, 2, 0]))
     weak = torch.randn(6, 1, 2, 2, generator=g)
-    unlabelled = UnlabelledBatch(weak, weak + 0.1, torch.tensor([0, 1, 2, -1, 0, 1]), torch.arange(6))
+    unlabelled = UnlabelledBatch(weak, weak + 0.1, torch.tensor([0, 1, 2, -1, 0, 1]))
     return SslBatch(labelled, unlabelled, torch.empty(0, dtype=torch.int64))
 
 
