@@ -1,7 +1,9 @@
 """Where images come from: one indexable view on timm's datasets, plain folders and embedded digits."""
 
 import os
+import pickle
 import struct
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,8 +19,14 @@ from torchvision.datasets import DatasetFolder
 from semivim.data.label_split import UNKNOWN
 from semivim.data.wds_shards import index_shards
 
-# What Pillow raises on files that are not, or no longer, images; a decompression bomb is no OSError.
-_DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
+# What Pillow raises on files that are not, or no longer, images (a decompression bomb is no OSError), and on none at all.
+_DECODING_ERRORS = (OSError, SyntaxError, EOFError, TypeError, ValueError, struct.error, Image.DecompressionBombError)
+
+# What timm's readers raise on data, class maps, keys and options that do not fit.
+_OPENING_ERRORS = (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) + (
+    pickle.UnpicklingError,
+    tarfile.TarError,
+)
 
 _ITERABLE_PREFIXES = ("hfids/", "tfds/")
 _WORKING_SOURCES = (
@@ -156,6 +164,8 @@ def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, 
             f"training has {len(ours)} classes and validation {len(theirs)}, the first that differs is {odd[0]!r}"
         )
     wanted = num_classes or source.num_classes
+    if wanted == 0:
+        raise ValueError("training images have no classes: wanted a folder for each, or num_classes and labelled lists")
     for role, part in (("training", source), ("validation", val_source)):
         worst = int(part.labels.argmax())
         if part.labels[worst] >= wanted:
@@ -329,11 +339,13 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
     name = "" if dataset == "folder" else dataset
     try:
         opened = create_dataset(name, root=data_dir, split=split, search_split=False, **options)
-    except (AssertionError, ImportError, OSError, RuntimeError) as error:
-        raise ValueError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {error}") from error
-    if not isinstance(opened, ImageDataset):
+        reader: Any = opened.reader if isinstance(opened, ImageDataset) else None
+        targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else []  # Hugging Face
+    except _OPENING_ERRORS as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
+        raise ValueError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {reason}") from error
+    if reader is None:
         return _from_torchvision(dataset, opened, split)
-    reader = opened.reader
     if isinstance(reader, ReaderImageFolder):
         source = _from_files(reader.samples, reader.class_to_idx, reader.root)
         _check_folders(source, reader.root, has_class_map="class_map" in options)
@@ -342,7 +354,10 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         labels, class_names = _classes(reader.targets, reader.class_name_to_idx)
         names = [os.path.normpath(name) for name in reader.filenames()]
         return ImageSource(_TimmReader(reader), labels, class_names, names, reader.root)
-    labels, class_names = _classes(reader.iter_targets(), reader.class_to_idx)  # Hugging Face
+    if targets and reader.dataset[0][reader.image_key] is None:  # datasets makes an empty column of an unknown name
+        columns = ", ".join(reader.dataset.column_names)
+        raise ValueError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (input_key) of {columns}")
+    labels, class_names = _classes(targets, reader.class_to_idx)
     return ImageSource(_TimmReader(reader), labels, class_names)
 
 
@@ -358,6 +373,9 @@ def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tup
     Images directly in the root belong to no class, but timm has them in one called '' ('.' in some tar files). A blank
     line of a class map makes that class too.
     """
+    for name, index in class_to_idx.items():
+        if not isinstance(index, int) or index < 0:
+            raise ValueError(f"class_map gives class {name!r} the label {index!r}, wanted a whole number")
     indices = dict(class_to_idx)
     rootless = next((indices.pop(name) for name in ("", ".") if name in indices), None)
     labels = [UNKNOWN if label in (None, rootless) else label for label in targets]

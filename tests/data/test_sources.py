@@ -85,6 +85,10 @@ def test_fashion_mnist_as_torchvision_keeps_it(tmp_path):
     assert np.array_equal(np.asarray(source.image(5)), pixels[5])
     assert source.names is None
     assert source.describe(5) == "image 5"
+    # torchvision takes any other name for the test set.
+    assert len(open_source("torch/fashion_mnist", str(tmp_path), "validation")) == 12
+    with pytest.raises(ValueError, match="split 'trian' of 'torch/fashion_mnist' does not exist; wanted 'train' or"):
+        open_source("torch/fashion_mnist", str(tmp_path), "trian")
 
 
 def test_hugging_face_dataset(write_images, tmp_path, monkeypatch):
@@ -95,6 +99,17 @@ def test_hugging_face_dataset(write_images, tmp_path, monkeypatch):
     assert source.labels.tolist() == [0, 1, 1]
     assert source.class_names == ["cat", "dog"]
     assert [grey(source, i) for i in range(3)] == [0, 10, 20]
+    for options, message in (
+        ({"target_key": "none"}, "split 'train': KeyError 'none'"),
+        ({"input_key": "none"}, r"no image in column 'none' \(input_key\) of image, label, none"),
+        ({"class_map": str(tmp_path / "none.txt")}, "Cannot locate specified class map file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source(f"hfds/{root}", str(tmp_path / "cache"), "train", **options)
+    source = ImageSource(source.read, [0])
+    source.read.reader.dataset = [{"image": None}]
+    with pytest.raises(UnreadableImageError, match="image 0 is unreadable"):
+        source.image(0)
 
 
 def test_digits_are_1297_and_50_of_each_class():
@@ -307,6 +322,39 @@ def test_class_map(write_images, tmp_path):
     assert sorted(source.labels) == [5, 5, 7]
     assert source.class_names is None
     assert source.num_classes == 8
+
+
+def test_faults_of_a_class_map_are_named(write_images, tmp_path):
+    root = str(write_images(["train/cat/1.png", "train/dog/2.png"]))
+    path = tmp_path / "map.pkl"
+    for content, message in (
+        (b"no pickle", "split 'train': "),
+        (pickle.dumps(["cat"]), "expected a dict"),
+        (pickle.dumps({"cat": 0, "dog": "1"}), "class_map gives class 'dog' the label '1', wanted a whole number"),
+        (pickle.dumps({"cat": 0, "dog": -1}), "class_map gives class 'dog' the label -1"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            open_source("", root, "train", class_map=str(path))
+
+
+def test_tars_that_cannot_be(write_images, tmp_path):
+    path = tmp_path / "data.tar"
+    path.write_bytes(b"no tar" * 200)
+    with pytest.raises(ValueError, match="data.tar', split 'train': invalid header"):
+        open_source("", str(path))
+    with tarfile.open(path, "w") as tar:
+        tar.add(write_images(["cat/1.png"]), arcname=".")
+    with pytest.raises(ValueError, match="unexpected keyword argument 'input_key'"):
+        open_source("", str(path), input_key=".png")
+
+
+def test_training_images_need_classes(write_images):
+    root = write_images(["flat/1.png", "val/cat/2.png"])
+    flat, val = (open_source("", str(root), split) for split in ("flat", "val"))
+    with pytest.raises(ValueError, match="training images have no classes: wanted a folder for each"):
+        check_sources(flat, val, "val")
+    check_sources(flat, val, "val", 1)
 
 
 def test_odd_file_names(write_images):
