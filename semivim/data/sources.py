@@ -19,7 +19,7 @@ from torchvision.datasets import DatasetFolder
 from semivim.data.label_split import UNKNOWN
 from semivim.data.wds_shards import index_shards
 
-# What Pillow raises on files that are not, or no longer, images (a decompression bomb is no OSError), and on none at all.
+# What Pillow raises on files that are not, or no longer, images (a decompression bomb is no OSError), and on no file.
 _DECODING_ERRORS = (OSError, SyntaxError, EOFError, TypeError, ValueError, struct.error, Image.DecompressionBombError)
 
 # What timm's readers raise on data, class maps, keys and options that do not fit.
