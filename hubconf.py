@@ -6,11 +6,8 @@ the path of a checkout. Keywords are those of `timm.create_model`.
 
 import timm as _timm
 
-import semivim as _semivim
+import semivim as _semivim  # registers the models
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numba"]
 
-for _name in _timm.list_models():
-    _entrypoint = _timm.model_entrypoint(_name)
-    if _entrypoint.__module__.startswith(f"{_semivim.__name__}."):
-        globals()[_name] = _entrypoint
+globals().update({_name: _timm.model_entrypoint(_name) for _name in _timm.list_models(module="vim")})

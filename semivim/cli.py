@@ -1,12 +1,14 @@
-"""The command `semivim`: publish a training run, label an image."""
+"""The command `semivim`: publish a training run, label images."""
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from semivim.inference import load_model, predict
+from semivim.data import UnreadableImageError
+from semivim.inference import find_images, load_model, predict
 from semivim.utils.hub import publish
-from semivim.utils.parser import COUNT, Parser
+from semivim.utils.model_folder import one_line
+from semivim.utils.parser import Number, Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,52 +17,67 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Words after `semivim`; None takes the command line's.
     """
-    parser = Parser(prog="semivim", description="Publish a training run, label an image.")
+    parser = Parser(prog="semivim", description="Publish a training run, label images.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_publish(commands.add_parser("publish", help="upload a run's best teacher to the Hub and check it"))
-    _add_predict(commands.add_parser("predict", help="print the top-k labels of an image file"))
+    _add_predict(commands.add_parser("predict", help="print the top-k labels of image files"))
     args = parser.parse_args(argv)
-    run: Callable[[Namespace], list[str]] = args.run
+    run: Callable[[Namespace], Iterator[str]] = args.run
     try:
-        lines = run(args)
-    except ValueError as error:
+        for line in run(args):
+            sys.stdout.write(f"{line}\n")
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def _add_publish(parser: Parser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="run folder of train_ssl.py")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="repository, made if it does not exist")
     parser.add_argument("--tag", help="name for this version, for hf-hub:ORG/NAME@TAG")
+    parser.add_argument("--license", metavar="ID", help="license of the weights (that of the weights trained from)")
     parser.add_argument("--private", action="store_true", help="publish to a private repository")
     parser.add_argument("--dry-run", action="store_true", help="check the run and print the card; send nothing")
     parser.set_defaults(run=_publish)
 
 
-def _publish(args: Namespace) -> list[str]:
-    done = publish(args.run_dir, args.repo, tag=args.tag, private=args.private, dry_run=args.dry_run)
-    files = [f"  {name} ({size} bytes)" for name, size in done.files.items()]
+def _publish(args: Namespace) -> Iterator[str]:
+    done = publish(args.run_dir, args.repo, args.tag, args.license, private=args.private, dry_run=args.dry_run)
+    yield f"would publish to {done.url}:" if args.dry_run else f"published to {done.url}, commit {done.commit}:"
+    for name, size in done.files.items():
+        yield f"  {name} ({size} bytes)"
     if args.dry_run:
-        return [f"would publish to {done.url}:", *files, "", done.card]
-    source = f"hf-hub:{args.repo}" + (f"@{args.tag}" if args.tag else "")
-    return [
-        f"published to {done.url}, commit {done.commit}:",
-        *files,
-        f'downloaded again, logits bit for bit the same: timm.create_model("{source}", pretrained=True)',
-    ]
+        yield f"\n{done.card}"
+    else:
+        source = f"hf-hub:{args.repo}" + (f"@{args.tag}" if args.tag else "")
+        yield f'downloaded again, logits bit for bit the same: timm.create_model("{source}", pretrained=True)'
 
 
 def _add_predict(parser: Parser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="image file")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or folder of images")
     parser.add_argument("--model", required=True, metavar="NAME", help="timm name, hf-hub:ORG/NAME, local-dir:RUN_DIR")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="the pretrained weights of a timm name")
     weights.add_argument("--checkpoint", metavar="FILE", help="weights for a timm name, or a training checkpoint")
-    parser.add_argument("--num-classes", type=COUNT, metavar="N", help="number of classes of --checkpoint")
-    parser.add_argument("--topk", type=COUNT, default=5, metavar="K", help="labels to print")
+    parser.add_argument("--num-classes", type=Number(1, kind=int), help="number of classes of --checkpoint")
+    parser.add_argument("--topk", type=Number(1, kind=int), default=5, help="labels to print")
     parser.set_defaults(run=_predict)
 
 
-def _predict(args: Namespace) -> list[str]:
+def _predict(args: Namespace) -> Iterator[str]:
+    """Label all images that can be read, then fail if one could not."""
     model = load_model(args.model, args.pretrained, args.checkpoint, args.num_classes)
-    return [f"{100 * share:6.2f} %  {label}" for label, share in predict(model, args.image, args.topk)]
+    paths = find_images(args.images)
+    status = 0
+    for path in paths:
+        try:
+            labels = predict(model, path, args.topk)
+        except UnreadableImageError as error:
+            sys.stderr.write(f"semivim: error: {one_line(error)}\n")
+            status = 2
+            continue
+        if len(paths) > 1:
+            yield f"{path}:"
+        for label, share in labels:
+            yield f"{100 * share:6.2f} %  {label}"
+    if status:
+        raise SystemExit(status)

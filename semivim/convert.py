@@ -3,9 +3,7 @@
 The folder loads with ``timm.create_model("local-dir:OUT_DIR", pretrained=True)`` and can be uploaded as it is.
 """
 
-import argparse
 import os
-import pickle
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,11 +12,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import save_for_hf
-from torch import Tensor
 
 from semivim.models import Vim
 from semivim.models.vim_weights import WEIGHTS_ENTRY, checkpoint_filter_fn
+from semivim.utils.checkpoint import load_untrusted, save_model
+from semivim.utils.model_folder import load_folder, one_line
+from semivim.utils.parser import Parser
 
 
 def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.PathLike, entry: str = "") -> Vim:
@@ -34,42 +33,41 @@ def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.Pat
         The model with the checkpoint's weights.
 
     Raises:
-        ValueError: If the file cannot be read, its weights do not fit the model, the folder exists, or the reloaded
-            model gives other logits.
+        ValueError: If the file cannot be read, its weights do not fit the model, the folder exists or has no place, or
+            the reloaded model gives other logits.
+        OSError: If the folder cannot be written.
     """
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists, wanted the name of a folder to create")
-    if not isinstance(timm.create_model(model_name, device="meta") if timm.is_model(model_name) else None, Vim):
+    if not folder.parent.is_dir():
+        raise ValueError(f"no folder {folder.parent} to create {folder.name} in")
+    if model_name not in timm.list_models(module="vim"):
         raise ValueError(f"model is {model_name!r}, wanted one of {', '.join(timm.list_models(module='vim'))}")
-    state = _read(checkpoint)
-    entry = entry or WEIGHTS_ENTRY.get(model_name, "model")
-    weights: dict[str, Any] = state if isinstance(state.get("pos_embed"), Tensor) else state.get(entry, {})
-    num_classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
-    model: Any = timm.create_model(model_name, num_classes=num_classes).eval()
+    state = load_untrusted(checkpoint)
+    if entry and entry not in state:
+        raise ValueError(f"entry is {entry!r}, which {checkpoint} lacks")
     try:
-        model.load_state_dict(checkpoint_filter_fn(state, model, container=entry))
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not fit {model_name}: {error}") from error
+        model = _build(model_name, state, entry or WEIGHTS_ENTRY.get(model_name, "model"))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint} does not fit {model_name}: {one_line(error)}") from error
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        save_for_hf(model, temporary, safe_serialization=True)
-        _compare(model, timm.create_model(f"local-dir:{temporary}", pretrained=True).eval())
-        folder.mkdir()
-        for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
+        staged = Path(temporary) / folder.name
+        staged.mkdir()
+        save_model(model, staged)
+        _compare(model, load_folder(staged, "folder"))
+        staged.rename(folder)
     return model
 
 
-def _read(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint without running code it may hold; it may hold an argparse.Namespace."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"cannot read {checkpoint}: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{checkpoint} holds a {type(state).__name__}, wanted a dict of weights")
-    return state
+def _build(model_name: str, state: dict[str, Any], entry: str) -> Vim:
+    weights = checkpoint_filter_fn(state, timm.create_model(model_name, device="meta"), container=entry)
+    head = weights.get("head.weight", torch.empty(0, 0))
+    if head.ndim != 2:
+        raise ValueError(f"head.weight has shape {tuple(head.shape)}, wanted (classes, channels)")
+    model: Any = timm.create_model(model_name, num_classes=len(head))
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -88,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Words after the module's name; None takes the command line's.
     """
-    parser = argparse.ArgumentParser(prog="python -m semivim.convert", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m semivim.convert", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", metavar="IN.pth", help="published checkpoint")
     parser.add_argument("folder", metavar="OUT_DIR", help="folder to create")
     parser.add_argument("--model", required=True, metavar="NAME", help="architecture, e.g. vim_tiny_patch16_224")
@@ -101,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         model = convert(args.checkpoint, args.model, args.folder, args.entry)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     num_params = sum(p.numel() for p in model.parameters())
     sys.stdout.write(
         f"wrote {args.folder}: {args.model}, {num_params} parameters, {model.num_classes} classes; "

@@ -1,24 +1,32 @@
-"""Top-k labels of an image file."""
+"""Top-k labels of image files, seen as evaluation sees them."""
 
 import difflib
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
+import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_input_data_config
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_input_data_config
 from timm.models import get_pretrained_cfg, split_model_name_tag
-from torch import nn
+from torch import Tensor, nn
 
+from semivim.data import ImageSource, View, open_unlabelled_folder
+from semivim.data.two_views import EvaluationImages
+from semivim.models.vim_weights import named_tensors
+from semivim.utils.checkpoint import load_untrusted
 from semivim.utils.hub_session import fetch, hub_session
+from semivim.utils.model_folder import MODEL_FILES, load_folder, one_line
 
 _HUB = "hf-hub:"
 _FOLDER = "local-dir:"
-# what torch's restricted unpickler raises for files that are no checkpoints, beside what loading one raises
-_UNREADABLE = (RuntimeError, OSError, LookupError, EOFError, ValueError, TypeError, UnpicklingError, SafetensorError)
+# of a training state, the teacher's weights first, as timm takes them
+_ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def load_model(
@@ -39,7 +47,10 @@ def load_model(
     if name.startswith((_HUB, _FOLDER)):
         if checkpoint or pretrained or num_classes:
             raise ValueError(f"model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
-        return _load_folder(_download(name.removeprefix(_HUB)) if name.startswith(_HUB) else Path(name[len(_FOLDER) :]))
+        if name.startswith(_FOLDER):
+            folder = name.removeprefix(_FOLDER)
+            return load_folder(Path(folder), f"model: folder {folder}")
+        return load_folder(_download(name.removeprefix(_HUB)), f"model: {name}")
     if not timm.is_model(name):
         near = difflib.get_close_matches(split_model_name_tag(name)[0], timm.list_models(), n=3)
         hint = f"; nearest: {', '.join(near)}" if near else ""
@@ -53,8 +64,29 @@ def load_model(
     return _load_pretrained(name)
 
 
+def find_images(paths: Sequence[str]) -> list[str]:
+    """Name the image files to label.
+
+    Args:
+        paths: Files, and folders that stand for every image below them.
+
+    Raises:
+        ValueError: If a folder holds no image.
+    """
+    files = []
+    for path in paths:
+        if os.path.isdir(path):
+            folder = open_unlabelled_folder(path)
+            files += [folder.describe(position) for position in range(len(folder))]
+        else:
+            files.append(path)
+    return files
+
+
 def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tuple[str, float]]:
-    """Most probable classes of an image file.
+    """Most probable classes of an image file, read and prepared by the code that evaluates a training run.
+
+    A camera's note of how to turn the image (EXIF) is not obeyed, as timm does not obey it in training either.
 
     Args:
         model: A timm model in eval mode.
@@ -65,28 +97,35 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
         ``(label, probability)``, most probable first.
 
     Raises:
-        ValueError: If the image is missing or unreadable, or ``topk`` is out of range.
+        ValueError: If ``topk`` is out of range, or the model has no classes or odd preprocessing.
+        UnreadableImageError: If the image is missing or cannot be decoded.
     """
     names = _class_names(model)
+    if not names:
+        raise ValueError("model: it has 0 classes, wanted a classifier")
     if not 1 <= topk <= len(names):
         raise ValueError(f"topk: wanted 1 to {len(names)}, got {topk}")
-    config = resolve_input_data_config(model)
-    transform = create_transform(**config)
-    image = transform(_read_image(Path(image_path), "L" if config["input_size"][0] == 1 else "RGB"))
+    source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)])
+    images = EvaluationImages(source, _evaluation_view(model), np.arange(1)).__getitems__([0]).image
     with torch.inference_mode():
-        confidence, index = model(image.unsqueeze(0)).float().softmax(-1)[0].topk(topk)
+        confidence, index = model(images).float().softmax(-1)[0].topk(topk)
     return [(names[i], c) for i, c in zip(index.tolist(), confidence.tolist(), strict=True)]
 
 
-def _read_image(path: Path, mode: str) -> Image.Image:
+def _evaluation_view(model: nn.Module) -> View:
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
-    except FileNotFoundError as error:
-        raise ValueError(f"image: no such file: {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports a broken PNG chunk as SyntaxError
-        raise ValueError(f"image: cannot read {path}: {' '.join(str(error).split())}") from error
+        view = View(**resolve_input_data_config(model), is_training=False)
+        view([Image.new(view.mode, (8, 8))], [0])
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        cause = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"model: images cannot be prepared as its pretrained_cfg says: {cause}") from error
+    return view
+
+
+def _open_image(path: str | Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+    return image
 
 
 def _download(repo: str) -> Path:
@@ -94,29 +133,31 @@ def _download(repo: str) -> Path:
     repo_id, _, revision = repo.partition("@")
     if repo_id.count("/") != 1:
         raise ValueError(f"model: wanted {_HUB}org/name[@revision], got {_HUB}{repo}")
-    for name in ("config.json", "model.safetensors"):
+    for name in MODEL_FILES:
         path = fetch(repo_id, name, revision or None)
     return path.parent
 
 
-def _load_folder(folder: Path) -> nn.Module:
-    lacking = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
-    if lacking:
-        raise ValueError(f"model: folder {folder} lacks {', '.join(lacking)}")
-    try:
-        return timm.create_model(f"{_FOLDER}{folder}", pretrained=True).eval()
-    except (RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"model: {folder} does not load: {_one_line(error)}") from error
-
-
 def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.Module:
-    if not Path(checkpoint).is_file():
-        raise ValueError(f"checkpoint: no such file: {checkpoint}")
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        return timm.create_model(name, checkpoint_path=checkpoint, **options).eval()
-    except _UNREADABLE as error:
-        raise ValueError(f"checkpoint: {checkpoint} does not load into {name}: {_one_line(error)}") from error
+        state = _read_weights(checkpoint)
+        entry = next((entry for entry in _ENTRIES if state.get(entry) is not None), None)
+        weights = named_tensors(state[entry], entry) if entry else named_tensors(state, "state dict")
+        options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        model = timm.create_model(name, **options)
+        model.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
+    return model.eval()
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    if not path.endswith(".safetensors"):
+        return load_untrusted(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(one_line(error)) from error
 
 
 def _load_pretrained(name: str) -> nn.Module:
@@ -137,6 +178,7 @@ def _class_names(model: nn.Module) -> list[str]:
     """Names from the model's config, else ImageNet's where the number of classes is one of ImageNet's."""
     num_classes, config = cast(int, model.num_classes), cast(dict[str, Any], model.pretrained_cfg)
     names = config.get("label_names")
+    names = list(names.values()) if isinstance(names, dict) else names
     if names and len(names) == num_classes:
         descriptions = config.get("label_descriptions") or {}
         return [descriptions.get(name, name) for name in names]
@@ -145,7 +187,3 @@ def _class_names(model: nn.Module) -> list[str]:
         info = ImageNetInfo(subset)
         return [info.index_to_description(index) for index in range(num_classes)]
     return [f"class {index}" for index in range(num_classes)]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -23,6 +23,7 @@ def write_run(folder: Path) -> Path:
         "data_dir": "/home/someone/photos",
         "dataset": "",
         "model": "test_vim",
+        "pretrained": False,
         "ssl_method": "lyapema",
         "pseudo_mixup": "ss",
         "epochs": 3,

@@ -53,6 +53,30 @@ def test_predict_prints_labels_with_their_share(run_dir: Path, capsys: pytest.Ca
     assert sum(float(share) for share, _ in lines) == pytest.approx(100, abs=0.1)
 
 
+def test_predict_labels_what_it_can_read_and_fails_at_the_end(
+    tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "in/c.png"):
+        Image.new("RGB", (40, 30), "teal").save(tmp_path / name)
+    (tmp_path / "in" / "b.png").write_bytes(b"not an image")
+    images = [str(tmp_path / name) for name in ("a.png", "no.png", "in")]
+    argv = ["predict", *images, "--model", f"local-dir:{run_dir}", "--topk", "1"]
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[::2] == [f"{images[0]}:", f"{images[2]}/c.png:"] and lines[1] == lines[3] and " %  " in lines[1]
+    errors = printed.err.splitlines()
+    assert [error.partition(" is unreadable")[0] for error in errors] == [
+        f"semivim: error: {path}" for path in (images[1], f"{images[2]}/b.png")
+    ]
+    (tmp_path / "in" / "b.png").unlink()
+    main([word for word in argv if word != images[1]])
+    assert capsys.readouterr().err == ""
+
+
 def test_dry_run_prints_files_and_card(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
     main(["publish", str(run_dir), "--repo", "org/name", "--dry-run"])
     out = capsys.readouterr().out
@@ -71,9 +95,12 @@ def test_dry_run_prints_files_and_card(run_dir: Path, capsys: pytest.CaptureFixt
         ),
         (["publish", "RUN", "--repo", "alone"], "repo_id: wanted org/name, got 'alone'"),
         (["publish", "RUN", "--repo", "org/name", "--dry-run", "--privte"], "unrecognized arguments: --privte"),
-        (["predict", "/no/such.png", "--model", "local-dir:RUN"], "image: no such file: /no/such.png"),
+        (["predict", "/no/such.png", "--model", "local-dir:RUN"], "/no/such.png is unreadable: "),
+        (["predict", "RUN/no/such", "RUN", "--model", "local-dir:RUN", "--topk", "9"], "topk: wanted 1 to 5, got 9"),
+        (["publish", "RUN", "--repo", "org/name", "--dry-run", "--tag", "bad tag~"], "got 'bad tag~'"),
+        (["publish", "RUN", "--repo", "org/name", "--dry-run", "--license", "GPL 3"], "license: wanted an identifier"),
         (["predict", "RUN/photo.png", "--model", "test_vmi", "--pretrained"], "nearest: "),
-        (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "0"], "0 is not a positive whole number"),
+        (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "0"], "0 is not a whole number >= 1"),
         (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "9"], "topk: wanted 1 to 5, got 9"),
         (["predict", "x", "--model", "y", "--pretrained", "--checkpoint", "z"], "not allowed with argument"),
     ],

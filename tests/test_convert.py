@@ -1,16 +1,19 @@
 import argparse
 import copy
+import errno
+import os
 import pickle
 import runpy
+import stat
 import sys
 
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
 
 from semivim.convert import convert, main
 from semivim.models.vim_weights import WEIGHTS_ENTRY
+from semivim.utils.checkpoint import save_model
 from tests.released import as_bytes, released_state, released_weights
 
 
@@ -41,6 +44,11 @@ def test_a_published_file_becomes_a_timm_folder(checkpoint, tmp_path, models, en
     with torch.no_grad():
         assert torch.equal(restored(x), models[index](x))
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+    # others may read what the owner's mask lets them read, not what a temporary folder would
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out", *(tmp_path / "out").iterdir())]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == [0o777 & ~umask, 0o666 & ~umask, 0o666 & ~umask]
 
 
 def test_headless_weights_give_a_model_without_a_head(tmp_path, models):
@@ -56,12 +64,12 @@ def test_the_base_model_takes_the_average(monkeypatch, checkpoint, tmp_path, mod
 
 
 def test_a_folder_that_does_not_give_the_same_logits_is_not_left_behind(checkpoint, tmp_path, monkeypatch):
-    def save_something_else(model, folder, **kwargs):
+    def save_something_else(model, folder):
         model = copy.deepcopy(model)
         model.head.bias.data[0] += 1e-3
-        save_for_hf(model, folder, **kwargs)
+        save_model(model, folder)
 
-    monkeypatch.setattr("semivim.convert.save_for_hf", save_something_else)
+    monkeypatch.setattr("semivim.convert.save_model", save_something_else)
     with pytest.raises(ValueError, match=r"logits differ by 1\.00e-03, wanted 0"):
         convert(checkpoint, "test_vim", tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["in.pth"]
@@ -74,29 +82,73 @@ def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     assert "out: test_vim, 62026 parameters, 10 classes; read again, its logits are" in capsys.readouterr().out
 
 
-def test_every_mistake_is_one_line(checkpoint, tmp_path, capsys, models):
+def fail(words, capsys):
+    """Run the command with words that it must refuse, and give its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "not a readable torch file"),
+        (b"some text\n", "not a readable torch file"),
+        (pickle.dumps({"model": Evil()}, protocol=2), "not a readable torch file"),
+        ([1, 2], "holds a list"),
+        ({"model": 3}, "does not fit test_vim: model: wanted a dict of tensors, got int"),
+        ({"model": {"pos_embed": "x"}}, "got str under 'pos_embed'"),
+        ({"pos_embed": "x"}, "wanted 'model' among them"),
+        ({"pos_embed": torch.ones(1)}, "pos_embed has shape (1,), wanted (1, patches + 1, 32)"),
+        ({"head.weight": torch.tensor(1.0)}, "head.weight has shape ()"),
+        ({"epoch": 1, "args": argparse.Namespace()}, "wanted 'model' among them"),
+        ({}, "Missing key"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else str(value)[:30],
+)
+def test_a_file_that_holds_no_vim_is_one_line(content, message, tmp_path, capsys):
+    path = tmp_path / "in.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    line = fail([path, tmp_path / "out", "--model", "test_vim"], capsys)
+    assert message in line and "in.pth" in line
+    assert [f.name for f in tmp_path.iterdir()] == ["in.pth"] * path.exists()
+
+
+def test_every_other_mistake_is_one_line(checkpoint, tmp_path, capsys, models, monkeypatch):
     (tmp_path / "taken").mkdir()
     (tmp_path / "broken.pth").write_bytes(checkpoint.read_bytes()[:1000])
-    torch.save({**released_weights(models[0]), "gamma": torch.ones(1)}, tmp_path / "more.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    with open(tmp_path / "evil.pth", "wb") as file:
-        pickle.dump({"model": Evil()}, file, protocol=2)
-    torch.save({"epoch": 1, "args": argparse.Namespace()}, tmp_path / "empty.pth")
+    weights = released_weights(models[0])
+    torch.save({**weights, "gamma": torch.ones(1)}, tmp_path / "more.pth")
+    torch.save(weights, tmp_path / "bare.pth")
+    torch.save({**weights, "head.bias": torch.full((10,), torch.nan)}, tmp_path / "nan.pth")
+    before = sorted(tmp_path.iterdir())
     for words, message in (
-        (["in.pth", "taken", "test_vim"], "exists"),
-        (["in.pth", "out", "resnet18"], "wanted one of semivim_base"),
-        (["absent.pth", "out", "test_vim"], "cannot read"),
-        (["broken.pth", "out", "test_vim"], "cannot read"),
-        (["evil.pth", "out", "test_vim"], "cannot read"),
-        (["list.pth", "out", "test_vim"], "holds a list"),
-        (["more.pth", "out", "test_vim"], "1 keys that the model lacks: gamma"),
-        (["empty.pth", "out", "test_vim"], "wanted 'model' among them"),
-        (["in.pth", "out", "semivim_pico"], "does not fit semivim_pico"),
+        (["in.pth", "taken", "--model", "test_vim"], "exists"),
+        (["in.pth", "no/out", "--model", "test_vim"], "to create out in"),
+        (["in.pth", "in.pth/out", "--model", "test_vim"], "to create out in"),
+        (["in.pth", "out", "--model", "resnet18"], "wanted one of semivim_base"),
+        (["in.pth", "out", "--model", "vim_base_patch16_224.hustvl_in1k"], "wanted one of semivim_base"),
+        (["in.pth", "out"], "--model"),
+        (["in.pth", "out", "--model", "test_vim", "--entri", "model"], "did you mean --entry?"),
+        (["broken.pth", "out", "--model", "test_vim"], "not a readable torch file"),
+        (["taken", "out", "--model", "test_vim"], "taken"),
+        (["more.pth", "out", "--model", "test_vim"], "1 keys that the model lacks: gamma"),
+        (["bare.pth", "out", "--model", "test_vim", "--entry", "model_ema"], "entry is 'model_ema', which"),
+        (["nan.pth", "out", "--model", "test_vim"], "not finite"),
+        (["in.pth", "out", "--model", "semivim_pico"], "does not fit semivim_pico"),
     ):
-        source, out, name = words
-        with pytest.raises(SystemExit) as stop:
-            main([str(tmp_path / source), str(tmp_path / out), "--model", name])
-        assert stop.value.code == 2
-        printed = capsys.readouterr()
-        assert message in printed.err and "code ran" not in printed.out
-    assert not (tmp_path / "out").exists()
+        assert message in fail([*(tmp_path / word for word in words[:2]), *words[2:]], capsys)
+
+    def no_space(model, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "model.safetensors"))
+
+    monkeypatch.setattr("semivim.convert.save_model", no_space)
+    assert "No space left on device" in fail([checkpoint, tmp_path / "out", "--model", "test_vim"], capsys)
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,5 +1,6 @@
-"""Labels of an image file are those the model gives the image as timm prepares it."""
+"""Labels of an image file are those the model gives the image as evaluation prepares it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from semivim.inference import load_model, predict
+from semivim.data import UnreadableImageError, View, create_eval_loader, open_source
+from semivim.inference import find_images, load_model, predict
 from tests.run_folder import CLASSES, write_run
 
 
@@ -38,19 +40,45 @@ def test_labels_and_probabilities(model: torch.nn.Module, photo: Image.Image, tm
     assert [label for label, _ in found] == [CLASSES[i] for i in wanted.argsort(descending=True)[:3]]
 
 
-def test_any_mode_and_orientation(model: torch.nn.Module, photo: Image.Image, tmp_path: Path) -> None:
-    photo.save(tmp_path / "plain.png")
-    turned = photo.transpose(Image.Transpose.ROTATE_90)
+def test_a_turned_photo_is_seen_as_evaluation_sees_it(
+    model: torch.nn.Module, photo: Image.Image, tmp_path: Path
+) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the viewer has to turn it by 270 degrees
-    turned.save(tmp_path / "turned.png", exif=exif)
+    exif[0x0112] = 6  # a viewer would turn it by 270 degrees
+    (tmp_path / "validation" / "ant").mkdir(parents=True)
+    path = tmp_path / "validation" / "ant" / "turned.jpg"
+    photo.save(path, exif=exif)
+    view = View(**timm.data.resolve_input_data_config(model), is_training=False)
+    source = open_source("", str(tmp_path), "validation")
+    (batch,) = create_eval_loader(source, view, batch_size=1)
+    with torch.inference_mode():
+        wanted = model(batch.image).softmax(-1)[0]
+    found = predict(model, path)
+    assert torch.equal(torch.tensor([share for _, share in found]), wanted.sort(descending=True).values)
+    photo.save(tmp_path / "plain.jpg")
+    assert predict(model, tmp_path / "plain.jpg") == found
+
+
+def test_any_mode(model: torch.nn.Module, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "plain.png")
     plain = predict(model, tmp_path / "plain.png")
-    assert predict(model, tmp_path / "turned.png") == plain
     photo.convert("RGBA").save(tmp_path / "alpha.png")
     assert predict(model, tmp_path / "alpha.png") == plain
     photo.convert("L").save(tmp_path / "grey.png")
     photo.convert("L").convert("RGB").save(tmp_path / "grey3.png")
     assert predict(model, tmp_path / "grey.png") == predict(model, tmp_path / "grey3.png")
+
+
+def test_a_folder_stands_for_the_images_below_it(photo: Image.Image, tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name in ("in/b.png", "in/deep/ä.png", "one.png"):
+        photo.save(tmp_path / name)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    one, folder = str(tmp_path / "one.png"), str(tmp_path / "in")
+    assert find_images([one, folder, "/no/such"]) == [one, f"{folder}/b.png", f"{folder}/deep/ä.png", "/no/such"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' holds no image"):
+        find_images([str(tmp_path / "empty")])
 
 
 def test_one_channel_model(photo: Image.Image, tmp_path: Path) -> None:
@@ -71,20 +99,20 @@ def test_unreadable_image(
     model: torch.nn.Module, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "photo.png"
-    with pytest.raises(ValueError, match="image: no such file: .*photo.png"):
+    with pytest.raises(UnreadableImageError, match=r"photo.png is unreadable: .*No such file"):
         predict(model, path)
     photo.save(path)
     data = path.read_bytes()
     for damaged in (b"", b"not an image", data[: len(data) // 2]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="image: cannot read .*photo.png") as caught:
+        with pytest.raises(UnreadableImageError, match=r"photo.png is unreadable") as caught:
             predict(model, path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="image: cannot read"):
+    with pytest.raises(UnreadableImageError, match="Is a directory"):
         predict(model, tmp_path)
     path.write_bytes(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="image: cannot read .*decompression bomb"):
+    with pytest.raises(UnreadableImageError, match=r"photo.png is unreadable: .*decompression bomb"):
         predict(model, path)
 
 
@@ -92,6 +120,33 @@ def test_unreadable_image(
 def test_topk_out_of_range(model: torch.nn.Module, tmp_path: Path, topk: int) -> None:
     with pytest.raises(ValueError, match=f"topk: wanted 1 to 5, got {topk}"):
         predict(model, tmp_path / "photo.png", topk=topk)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"interpolation": "sharp"}, "cannot be prepared as its pretrained_cfg says: KeyError: 'sharp'"),
+        ({"mean": []}, "cannot be prepared as its pretrained_cfg says: ZeroDivisionError"),
+        ({"num_classes": 0}, "it has 0 classes, wanted a classifier"),
+    ],
+)
+def test_what_cannot_label_an_image_is_named(photo: Image.Image, tmp_path: Path, change: dict, cause: str) -> None:
+    photo.save(tmp_path / "photo.png")
+    odd = timm.create_model("test_vim", num_classes=change.pop("num_classes", 3)).eval()
+    odd.pretrained_cfg.update(change)
+    with pytest.raises(ValueError, match=cause):
+        predict(odd, tmp_path / "photo.png", topk=1)
+
+
+def test_label_names_by_number_and_descriptions(photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["label_names"] = {str(i): name for i, name in enumerate(CLASSES)}
+    config["label_descriptions"] = {"ant": "an ant"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    labels = {label for label, _ in predict(load_model(f"local-dir:{tmp_path}"), tmp_path / "photo.png")}
+    assert labels == {"an ant", *CLASSES[1:]}
 
 
 def test_checkpoint_with_the_teacher_of_a_training_run(run_dir: Path, tmp_path: Path) -> None:
@@ -104,15 +159,49 @@ def test_checkpoint_with_the_teacher_of_a_training_run(run_dir: Path, tmp_path: 
         assert torch.equal(value, teacher[name]), name
 
 
-def test_checkpoint_errors(run_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="checkpoint: no such file"):
-        load_model("test_vim", checkpoint=str(tmp_path / "none.pth"))
-    with pytest.raises(ValueError, match=r"checkpoint: .* does not load into test_vim: .*size mismatch"):
+def test_a_file_of_weights_alone(run_dir: Path, tmp_path: Path) -> None:
+    weights = load_file(run_dir / "model.safetensors")
+    torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "weights.pth")
+    for file in (run_dir / "model.safetensors", tmp_path / "weights.pth"):
+        loaded = load_model("test_vim", checkpoint=str(file), num_classes=5).state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in loaded.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("none.pth", None, "No such file"),
+        ("none.safetensors", None, "No such file"),
+        ("empty.pth", b"", "not a readable torch file"),
+        ("short.pth", b"PK", "not a readable torch file"),
+        ("text.pth", b"some text", "not a readable torch file"),
+        ("text.safetensors", b"some text", "header too large"),
+        ("list.pth", [1, 2], "holds a list"),
+        ("int.pth", 7, "holds a int"),
+        ("epoch.pth", {"epoch": 3}, "state dict: wanted tensors by name, got int under 'epoch'"),
+        ("model.pth", {"model": 3}, "model: wanted a dict of tensors, got int"),
+        ("shape.pth", {"model": {"pos_embed": torch.ones(3)}}, "Error.* in loading state_dict for Vim: Missing key"),
+        ("keys.pth", {1: torch.ones(1)}, "got Tensor under 1"),
+        ("folder.pth", "folder", "Is a directory"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_line(tmp_path: Path, name: str, content: object, cause: str) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"checkpoint: .*{name} does not load into test_vim: .*{cause}") as caught:
+        load_model("test_vim", checkpoint=str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_classes_is_one_line(run_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not load into test_vim: .*size mismatch for head") as caught:
         load_model("test_vim", checkpoint=str(run_dir / "model.safetensors"), num_classes=4)
-    for damaged in (b"", b"PK", b"some text"):
-        (tmp_path / "cut.pth").write_bytes(damaged)
-        with pytest.raises(ValueError, match="checkpoint: .*cut.pth does not load"):
-            load_model("test_vim", checkpoint=str(tmp_path / "cut.pth"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

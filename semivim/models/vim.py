@@ -283,7 +283,7 @@ class Vim(nn.Module):
             if i in take:
                 taken.append(self.norm(x) if norm else x)
         split = [remove_middle(y) for y in taken]
-        maps = [patches for patches, _ in split]
+        maps: list[Any] = [patches for patches, _ in split]
         if output_fmt == "NCHW":
             maps = [y.transpose(1, 2).reshape(y.shape[0], -1, rows, columns).contiguous() for y in maps]
         if return_prefix_tokens:

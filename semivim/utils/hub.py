@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,11 +15,20 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from semivim.utils.hub_session import HubError, fetch, hub_session, sha256
-from semivim.utils.model_card import RUN_FILES, Run, model_card, public_args, public_metrics, read_run
+from semivim.utils.model_card import (
+    RUN_FILES,
+    Run,
+    model_card,
+    public_args,
+    public_config,
+    public_license,
+    public_metrics,
+    read_run,
+)
+from semivim.utils.model_folder import load_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +44,12 @@ class Publication:
 
 
 def publish(
-    run_dir: str | Path, repo_id: str, tag: str | None = None, private: bool = False, dry_run: bool = False
+    run_dir: str | Path,
+    repo_id: str,
+    tag: str | None = None,
+    license_id: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
 ) -> Publication:
     """Upload the best teacher of a train_ssl.py run, download it into an empty cache, compare logits bit for bit.
 
@@ -42,6 +57,8 @@ def publish(
         run_dir: Run folder, with ``model.safetensors`` and ``config.json`` of the best teacher.
         repo_id: Repository ``org/name``; made if it does not exist.
         tag: Name to give the commit, not yet in use.
+        license_id: License of the weights, an identifier of the Hub's, e.g. ``apache-2.0``; that of the pretrained
+            weights the run started from if None, and none where these name none.
         private: Publish to a private repository; an existing public one is refused.
         dry_run: Check the run and write the card, but send nothing.
 
@@ -49,16 +66,17 @@ def publish(
         What was, or would be, published.
 
     Raises:
-        ValueError: If the run folder is incomplete, its weights do not load or give non-finite logits, or ``repo_id``
-            is not ``org/name``.
+        ValueError: If the run folder is incomplete, its weights do not load or give non-finite logits, or ``repo_id``,
+            ``tag`` or ``license_id`` cannot be a name of the kind.
+        OSError: If a file cannot be read or copied.
         HubError: If the Hub or the network fails, the repository's visibility or the tag is in the way, or what comes
             back is not what was sent.
     """
-    _check_repo_id(repo_id)
+    _check_names(repo_id, tag, license_id)
     run = read_run(Path(run_dir))
     with TemporaryDirectory(prefix="semivim-publish-") as stage_dir:
         stage = Path(stage_dir)
-        card = _stage(run, stage, repo_id, tag or "")
+        card = _stage(run, stage, repo_id, tag or "", license_id)
         images, logits = _reference_logits(stage)
         files = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
         api = HfApi(library_name="semivim", library_version=version("semivim"))
@@ -78,33 +96,37 @@ def publish(
     return Publication(url, commit, files, card)
 
 
-def _check_repo_id(repo_id: str) -> None:
+def _check_names(repo_id: str, tag: str | None, license_id: str | None) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"repo_id: wanted org/name, got {repo_id!r}: {error}") from error
     if "/" not in repo_id:
         raise ValueError(f"repo_id: wanted org/name, got {repo_id!r}")
+    # less than git allows: a tag stands in an address and in hf-hub:org/name@tag
+    if tag is not None and not re.fullmatch(r"\w+([.-]\w+)*", tag, re.ASCII):
+        raise ValueError(f"tag: wanted letters, digits and '_', with single '.' or '-' between, got {tag!r}")
+    if license_id is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license_id):
+        raise ValueError(f"license: wanted an identifier of the Hub's like apache-2.0, got {license_id!r}")
 
 
-def _stage(run: Run, stage: Path, repo_id: str, revision: str) -> str:
+def _stage(run: Run, stage: Path, repo_id: str, revision: str, license_id: str | None) -> str:
     """Lay out the files to upload, without paths of this machine and without any pickle; return the card."""
     for name in RUN_FILES:
         shutil.copyfile(run.folder / name, stage / name)
+    license_id = public_license(run, license_id)
+    (stage / "config.json").write_text(json.dumps(public_config(run, license_id), indent=2), encoding="utf-8")
     args, _ = public_args(run.args)
     (stage / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False), encoding="utf-8")
     (stage / "metrics.json").write_text(json.dumps(public_metrics(run.metrics), indent=1), encoding="utf-8")
-    card = model_card(run, repo_id, revision, version("semivim"))
+    card = model_card(run, repo_id, revision, version("semivim"), license_id)
     (stage / "README.md").write_text(card, encoding="utf-8")
     return card
 
 
 def _reference_logits(stage: Path) -> tuple[Tensor, Tensor]:
     """Two fixed random images and the logits that the staged weights give them."""
-    try:
-        model = timm.create_model(f"local-dir:{stage}", pretrained=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"run_dir: the weights do not load: {' '.join(str(error).split())[:300]}") from error
+    model = load_folder(stage, "run_dir")
     size = timm.data.resolve_input_data_config(model)["input_size"]
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     logits = _logits(model, images)

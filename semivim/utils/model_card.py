@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from semivim.utils.model_folder import one_line, read_config, read_mapping, short
+
 RUN_FILES = ("model.safetensors", "config.json", "args.yaml", "metrics.json", "summary.csv", "curves.png")
 # where a run was written or resumed from is no part of how to repeat it
 _PLACE_FLAGS = ("output", "experiment", "resume")
@@ -34,6 +36,13 @@ _RECIPE_FLAGS = (
 )
 _ROLES = {"best": "published", "teacher": "teacher, last epoch", "student": "student, last epoch"}
 _SPLIT = ("sha256", "num_labelled", "num_unlabelled")
+# the entries of metrics.json that a card needs, with theirs
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "student": (),
+    "teacher": (),
+    "best": ("epoch",),
+    "split": (*_SPLIT, "labels_per_class"),
+}
 # a value of these is a file or folder of the reader's own
 _PATH_FLAGS = ("_dir", "_list", "_path", "_map", "_checkpoint")
 _METRICS = {
@@ -83,19 +92,38 @@ def read_run(folder: Path) -> Run:
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"run_dir: wanted a finished run of train_ssl.py, {folder} lacks {', '.join(missing)}")
-    args = _read(folder / "args.yaml", yaml.safe_load, yaml.YAMLError)
-    config = _read(folder / "config.json", json.loads, json.JSONDecodeError)
-    metrics = _read(folder / "metrics.json", json.loads, json.JSONDecodeError)
-    for name, value, keys in (
-        ("config.json", config, ("architecture", "num_classes")),
-        ("metrics.json", metrics, ("student", "teacher", "best", "split")),
-    ):
-        absent = [key for key in keys if key not in value]
-        if absent:
-            raise ValueError(f"run_dir: {folder / name} lacks {', '.join(absent)}")
-    with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
-        epochs = len(list(csv.DictReader(file)))
+    where = f"run_dir: {folder}"
+    args = read_mapping(folder / "args.yaml", yaml.safe_load, where)
+    config = read_config(folder, where)
+    if "num_classes" not in config:
+        raise ValueError(f"{where}: config.json lacks num_classes")
+    names = config.get("label_names")
+    if names is not None and len(names) != config["num_classes"]:
+        raise ValueError(f"{where}: config.json: wanted {config['num_classes']} label_names, got {short(names)}")
+    metrics = read_mapping(folder / "metrics.json", json.loads, where)
+    _check_metrics(metrics, config["num_classes"], where)
+    try:
+        with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
+            epochs = len(list(csv.DictReader(file)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{where}: summary.csv: {one_line(error)}") from error
     return Run(folder, args, config, metrics, epochs)
+
+
+def _check_metrics(metrics: dict[str, Any], num_classes: int, where: str) -> None:
+    """Refuse metrics.json if it lacks what the card shows, or counts other classes than the model."""
+    lists = []
+    for role, keys in _NEEDED.items():
+        entry = metrics.get(role)
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: metrics.json: wanted a mapping {role}, got {type(entry).__name__}")
+        absent = [key for key in keys if key not in entry]
+        if absent:
+            raise ValueError(f"{where}: metrics.json: {role} lacks {', '.join(absent)}")
+        lists += [(f"{role}.{key}", entry[key]) for key in ("labels_per_class", "per_class_recall") if key in entry]
+    for name, values in lists:
+        if not isinstance(values, list) or len(values) != num_classes:
+            raise ValueError(f"{where}: metrics.json: wanted a list of {num_classes} numbers, one a class, as {name}")
 
 
 def public_args(args: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -116,7 +144,31 @@ def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if key != "unreadable_images"}
 
 
-def model_card(run: Run, repo_id: str, revision: str, version: str) -> str:
+def public_license(run: Run, license_id: str | None) -> str | None:
+    """The license given, else that of the pretrained weights the run started from, else None."""
+    if license_id is None and run.args.get("pretrained"):
+        return run.config.get("pretrained_cfg", {}).get("license")
+    return license_id
+
+
+def public_config(run: Run, license_id: str | None) -> dict[str, Any]:
+    """The content of ``config.json``, without what timm keeps there of the weights the run started from, or might have.
+
+    Args:
+        run: The run.
+        license_id: License of its weights; None for none.
+    """
+    kept = {
+        key: value
+        for key, value in run.config.get("pretrained_cfg", {}).items()
+        if key not in ("tag", "description", "license")
+    }
+    if license_id:
+        kept["license"] = license_id
+    return {**run.config, "pretrained_cfg": kept}
+
+
+def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: str | None) -> str:
     """The README.md of a published run.
 
     Args:
@@ -124,14 +176,15 @@ def model_card(run: Run, repo_id: str, revision: str, version: str) -> str:
         repo_id: ``org/name``.
         revision: Tag to load, or "" for the main branch.
         version: Version of this package.
+        license_id: License of the weights; None for none.
 
     Returns:
         Markdown with the Hub's YAML head.
     """
     architecture, args, split = run.config["architecture"], run.args, run.metrics["split"]
-    license_id = run.config.get("pretrained_cfg", {}).get("license", "apache-2.0")
+    terms = f"{license_id}, for the weights." if license_id else "None is stated for the weights: ask their publisher."
     head = {
-        "license": license_id,
+        **({"license": license_id} if license_id else {}),
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "semivim", "vision-mamba", "semi-supervised-learning"],
@@ -201,7 +254,7 @@ each class). It has not been tested on other data, and not for decisions about p
 
 ## License
 
-{license_id}, for the weights. The training data keeps its own terms.
+{terms} The training data keeps its own terms.
 
 ## Citation
 
@@ -217,20 +270,16 @@ each class). It has not been tested on other data, and not for decisions about p
 """
 
 
-def _read(path: Path, parse: Any, errors: type[Exception]) -> dict[str, Any]:
-    try:
-        value = parse(path.read_text(encoding="utf-8"))
-    except (errors, UnicodeDecodeError) as error:
-        raise ValueError(f"run_dir: {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"run_dir: {path}: wanted a mapping, got {type(value).__name__}")
-    return value
-
-
 def _is_local(key: str, value: Any) -> bool:
+    """Whether a flag's value names a place of the machine the run was on."""
+    if isinstance(value, dict | list):
+        return any(_is_local(key, part) for part in (value.values() if isinstance(value, dict) else value))
     if not isinstance(value, str) or not value:
         return False
-    return key.endswith(_PATH_FLAGS) or Path(value).expanduser().is_absolute()
+    # local-dir:FOLDER as a model, hfds/FOLDER as a data set
+    _, _, place = value.rpartition("local-dir:")
+    absolute = any(Path(part).expanduser().is_absolute() for part in (place, place.partition("/")[2]))
+    return absolute or place != value or key.endswith(_PATH_FLAGS)
 
 
 def _flag(key: str) -> str:

@@ -117,7 +117,7 @@ def test_every_published_tag_says_where_it_comes_from():
         cfg = timm.get_pretrained_cfg(tag)
         assert cfg.hf_hub_id.startswith("hustvl/Vim-") and cfg.hf_hub_filename.endswith("acc.pth")
         assert cfg.license == "apache-2.0" and cfg.paper_ids == "arXiv:2401.09417" and cfg.origin_url
-        assert (cfg.crop_pct, cfg.interpolation, cfg.mean[0]) == (0.875, "bicubic", 0.485)
+        assert (cfg.crop_pct, cfg.interpolation, cfg.mean[0], cfg.std[0]) == (0.875, "bicubic", 0.485, 0.229)
         assert ("ft" in cfg.hf_hub_filename) == ("stride8" in tag)
         if tag.startswith("semivim"):
             assert "not semi-supervised" in cfg.description

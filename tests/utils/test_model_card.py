@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from semivim.utils.model_card import model_card, public_args, read_run
+from semivim.utils.model_card import model_card, public_args, public_config, public_license, read_run
 from tests.run_folder import write_run
 
 
@@ -18,12 +18,12 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def card(run_dir: Path) -> str:
-    return model_card(read_run(run_dir), "org/ants", "v1", "1.2.3")
+    return model_card(read_run(run_dir), "org/ants", "v1", "1.2.3", "cc-by-4.0")
 
 
 def test_head_is_what_the_hub_reads(card: str) -> None:
     data = ModelCard(card).data
-    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "timm", "image-classification")
+    assert (data.license, data.library_name, data.pipeline_tag) == ("cc-by-4.0", "timm", "image-classification")
     assert "semi-supervised-learning" in data.tags
 
 
@@ -56,17 +56,48 @@ def test_usage_and_command_to_reproduce(card: str) -> None:
 
 
 def test_use_license_and_citations(card: str) -> None:
-    for text in ("## Intended use", "## License\n\napache-2.0", "he2025semivim", "zhu2024vision", "@software{semivim"):
+    for text in ("## Intended use", "## License\n\ncc-by-4.0", "he2025semivim", "zhu2024vision", "@software{semivim"):
         assert text in card
 
 
 def test_no_path_of_the_machine(card: str, run_dir: Path) -> None:
     assert "/home" not in card and str(run_dir) not in card
-    args, local = public_args(
-        {"data_dir": "/home/me/x", "output": "/o", "resume": "", "lr": 0.1, "x": "~/a", "labeled_list": "l.txt"}
-    )
-    assert args == {"lr": 0.1}
-    assert local == ["data_dir", "x", "labeled_list"]
+    places = {
+        "data_dir": "/home/me/x",
+        "x": "~/a",
+        "labeled_list": "l.txt",
+        "model": "local-dir:/home/me/run",
+        "y": "local-dir:run",
+        "dataset": "hfds//home/me/set",
+        "model_kwargs": {"depth": 2, "pretrained_cfg_overlay": {"file": "/home/me/w.pth"}},
+        "class_map": "names.txt",
+    }
+    public = {"lr": 0.1, "dataset2": "torch/cifar10", "z": "hf-hub:org/name@v1", "scale": [0.1, 1.0], "bce": None}
+    args, local = public_args({**places, **public, "output": "/o", "resume": ""})
+    assert args == public
+    assert local == list(places)
+
+
+def test_license_is_the_one_given_or_that_of_the_weights_the_run_began_with(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    base = {"license": "cc-by-nc-4.0", "description": "a start; not semi-supervised", "tag": "vim_in1k"}
+    config["pretrained_cfg"].update(base)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for pretrained, given, wanted in (
+        (False, None, None),
+        (True, None, "cc-by-nc-4.0"),
+        (True, "mit", "mit"),
+        (False, "mit", "mit"),
+    ):
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump({"pretrained": pretrained}))
+        run = read_run(tmp_path)
+        license_id = public_license(run, given)
+        card = model_card(run, "org/ants", "v1", "1.2.3", license_id)
+        assert license_id == ModelCard(card).data.license == wanted
+        assert ("None is stated for the weights" in card) == (wanted is None)
+        assert not set(base) - {"license"} & set(public_config(run, license_id)["pretrained_cfg"])
+        assert public_config(run, license_id)["pretrained_cfg"].get("license") == wanted
 
 
 def test_missing_files_are_listed(tmp_path: Path) -> None:
@@ -79,17 +110,33 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
     [
         ("metrics.json", "{", "metrics.json: Expecting"),
         ("metrics.json", "[]", "wanted a mapping, got list"),
-        ("metrics.json", json.dumps({"student": {}}), "lacks teacher, best, split"),
+        ("metrics.json", {"teacher": None}, "metrics.json: wanted a mapping teacher, got NoneType"),
+        ("metrics.json", {"best": {}}, "metrics.json: best lacks epoch"),
+        ("metrics.json", {"split": {"sha256": ""}}, "split lacks num_labelled, num_unlabelled, labels_per_class"),
+        ("metrics.json", {"student": {"per_class_recall": [1.0]}}, "wanted a list of 5 .* student.per_class_recall"),
         ("args.yaml", "a: [", "args.yaml: while parsing"),
-        ("config.json", "{}", "lacks architecture, num_classes"),
+        ("config.json", "{}", "lacks architecture"),
+        ("config.json", '{"architecture": "test_vim"}', "lacks num_classes"),
+        ("config.json", {"num_classes": 4}, "config.json: wanted 4 label_names, got .'ant'"),
+        (
+            "config.json",
+            {"num_classes": 4, "label_names": list("abcd")},
+            "a list of 4 numbers, one a class, as student",
+        ),
+        ("summary.csv", b"\xff\xfe", "summary.csv: 'utf-8' codec"),
+        ("summary.csv", "epoch\n" + "9" * 200_000, "summary.csv: field larger"),
     ],
+    ids=str,
 )
-def test_unreadable_file_is_named(tmp_path: Path, name: str, text: str, cause: str) -> None:
+def test_unreadable_file_is_named(tmp_path: Path, name: str, text: object, cause: str) -> None:
     write_run(tmp_path)
-    (tmp_path / name).write_text(text)
+    path = tmp_path / name
+    if isinstance(text, dict):
+        text = json.dumps({**json.loads(path.read_text()), **text})
+    path.write_bytes(text if isinstance(text, bytes) else str(text).encode())
     with pytest.raises(ValueError, match=cause) as caught:
         read_run(tmp_path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "run_dir: " in str(caught.value)
 
 
 def test_published_flags_are_yaml_that_the_script_reads(run_dir: Path) -> None:

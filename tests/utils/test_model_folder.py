@@ -1,0 +1,98 @@
+"""A folder's model, and one line for whatever is wrong with its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from semivim.utils.model_folder import load_folder, one_line, read_config, read_mapping, short
+from tests.run_folder import write_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "rün 1")
+
+
+def test_the_model_has_the_folders_weights_in_eval_mode(folder: Path) -> None:
+    model = load_folder(folder, "run")
+    assert not model.training and model.num_classes == 5
+    weights = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("config.json", None, "lacks config.json"),
+        ("model.safetensors", None, "lacks model.safetensors"),
+        ("config.json", "{", "config.json: Expecting property name"),
+        ("config.json", b"\xff\xfe\x00", "config.json: 'utf-8' codec"),
+        ("config.json", "[" * 100_000, "config.json: maximum recursion"),
+        ("config.json", "[1]", "config.json: wanted a mapping, got list"),
+        ("config.json", "{}", "config.json lacks architecture"),
+        ("config.json", {"architecture": 3}, "architecture is 3, wanted str"),
+        ("config.json", {"architecture": "test_vmi"}, "architecture 'test_vmi' is unknown to timm"),
+        ("config.json", {"label_names": 7}, "label_names is 7, wanted list or dict"),
+        ("config.json", {"label_descriptions": ["x"] * 99}, "..., wanted dict"),
+        ("config.json", {"pretrained_cfg": None}, "pretrained_cfg is None, wanted dict"),
+        ("config.json", {"model_args": {"num_classes": 4}}, "num_classes is 5, but 4 in model_args"),
+        ("config.json", {"model_args": {"colour": 1}}, "the weights do not load: .*'colour'"),
+        ("config.json", {"model_args": {"depth": "x"}}, "the weights do not load: "),
+        ("config.json", {"architecture": "vim_tiny_patch16_224"}, "the weights do not load: Error"),
+        ("model.safetensors", b"", "the weights do not load: .*header"),
+        ("model.safetensors", b"\x00" * 5000, "the weights do not load: .*header"),
+        ("model.safetensors", "cut", "the weights do not load: .*not fully covered"),
+        ("model.safetensors", "shape", "the weights do not load: Error.* size mismatch for pos_embed"),
+    ],
+)
+def test_what_is_wrong_is_one_line(folder: Path, name: str, content: object, cause: str) -> None:
+    path = folder / name
+    if content is None:
+        path.unlink()
+        path.mkdir()
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif content == "shape":
+        save_file({**load_file(path), "pos_embed": torch.ones(1, 17, 8)}, path)
+    elif isinstance(content, dict):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else str(content).encode())
+    with pytest.raises(ValueError, match=f"model: run:? .*{cause}") as caught:
+        load_folder(folder, "model: run")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_config_of_any_model_of_timm(tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path, safe_serialization=True)
+    assert read_config(tmp_path, "model")["architecture"] == "test_resnet"
+    assert load_folder(tmp_path, "model").num_classes == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("a: [", "run: args.yaml: while parsing"), ("3", "run: args.yaml: wanted a mapping, got int"), (None, "No such")],
+)
+def test_a_mapping_in_yaml(tmp_path: Path, text: str | None, cause: str) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text("lr: 0.5")
+    assert read_mapping(path, yaml.safe_load, "run") == {"lr": 0.5}
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=cause) as caught:
+        read_mapping(path, yaml.safe_load, "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_on_one_line() -> None:
+    assert one_line(ValueError("two\n  lines")) == "two lines"
+    assert one_line(EOFError()) == "EOFError"
+    assert one_line(OSError(28, "No space left on device", "/x")) == "No space left on device"
+    assert len(one_line(ValueError("x" * 1000))) == 300
+    assert short([1, 2]) == "[1, 2]" and len(short("x" * 100)) == 60
