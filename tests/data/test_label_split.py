@@ -62,6 +62,13 @@ def test_a_rare_class_keeps_a_label_unless_asked_otherwise():
     assert "classes without labels: 1 (1); balanced accuracy cannot exceed 50.0%" in split.report()
 
 
+def test_more_classes_than_the_data_set_has():
+    split = make_split(balanced(10, 2), 3, per_class=4, min_per_class=0)
+    assert split.labels_per_class.tolist() == [4, 4, 0]
+    with pytest.raises(ValueError, match="1 of 3 classes have no labelled image: 2; min_per_class=0 accepts"):
+        make_split(balanced(10, 2), 3, per_class=4)
+
+
 def test_images_of_unknown_class_are_only_ever_unlabelled():
     labels = np.array([0, 0, 1, 1, -1, -1])
     split = make_split(labels, 2, fraction=1.0)
