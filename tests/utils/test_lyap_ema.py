@@ -323,30 +323,32 @@ def test_literal_asks_to_be_attached() -> None:
 # --- the guard at work -----------------------------------------------------------------------------------------------
 
 
+def self_training_loss(v_radius: float, spike: float) -> float:
+    """Loss of a teacher that sets its own targets from step 200 on, when the learning rate is ``spike`` times higher."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 5))
+    ema = LyapEmaV3(model, decay=0.95, min_decay=0.95, v_radius=v_radius)  # one decay: only the guard differs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    label = nn.Linear(12, 5).requires_grad_(False)
+    for step in range(1, 301):
+        x = torch.randn(64, 12, generator=generator)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (spike if 200 <= step < 220 else 1)
+        target = label(x) if step < 200 else ema(x).detach()
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(model)
+    x = torch.randn(500, 12, generator=generator)
+    return (ema(x) - label(x)).square().mean().item()
+
+
 def test_guard_turns_a_learning_rate_spike_into_a_recovery() -> None:
-    """Self-training on the teacher's own targets: what a spike does to the plain teacher is not undone."""
-
-    def final_loss(**kwargs: object) -> float:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 5))
-        ema = LyapEmaV3(model, **kwargs)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        generator = torch.Generator().manual_seed(0)
-        label = nn.Linear(12, 5).requires_grad_(False)
-        for step in range(1, 301):
-            x = torch.randn(64, 12, generator=generator)
-            optimizer.param_groups[0]["lr"] = 3e-3 * (100 if 200 <= step < 220 else 1)
-            target = label(x) if step < 200 else ema(x).detach()
-            loss = (model(x) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            ema.update(model)
-        x = torch.randn(500, 12, generator=generator)
-        return (ema(x) - label(x)).square().mean().item()
-
-    plain, guarded = final_loss(mode="ema", decay=0.95), final_loss(decay=0.999, min_decay=0.95)
-    assert guarded < 0.1 * plain
+    """0.0050 with the guard and 3.94 without; in calm training the guard changes nothing."""
+    off = 1e9
+    assert self_training_loss(v_radius=0.2, spike=100) < 0.01 * self_training_loss(v_radius=off, spike=100)
+    assert self_training_loss(v_radius=0.2, spike=1) == self_training_loss(v_radius=off, spike=1)
 
 
 def test_guard_that_rules_the_training_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
