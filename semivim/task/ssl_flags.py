@@ -104,7 +104,7 @@ def check_semi_supervised_flags(parser: Parser, args: argparse.Namespace) -> Non
         "--imb-m1": (args.imb_m1, "imb_factor_u"),
         "--ssl-method lyapema": (lyapema, "lyap_mode lyap_min_decay lyap_gamma lyap_radius"),
         "another --ssl-method: lyapema brings its own warm-up": (not lyapema, "model_ema_warmup"),
-        "--lyap-mode default": (not lyapema or "decay" in preset, "model_ema_decay lyap_min_decay"),
-        "--lyap-mode default or paper_stable": (not lyapema or "v_radius" in preset, "lyap_radius"),
+        "--lyap-mode default": ("decay" in preset, "model_ema_decay lyap_min_decay"),
+        "--lyap-mode default or paper_stable": ("v_radius" in preset, "lyap_radius"),
     }
     parser.refuse_unread(args, owners)

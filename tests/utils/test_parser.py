@@ -42,7 +42,7 @@ def refusal(capsys, call, *args):
         (Number(0, 1, ends="(]"), ["0.001", "1"], ["0", "2"]),
         (Number(0, kind=int), ["0", "12"], ["-1", "1.5", "1e3", "9" * 400]),
     ],
-    ids=str,
+    ids=lambda value: value.interval if isinstance(value, Number) else "",
 )
 def test_number_takes_its_interval_and_nothing_else(number, good, bad):
     for text in good:
