@@ -324,7 +324,7 @@ def test_literal_asks_to_be_attached() -> None:
 
 
 def self_training_loss(v_radius: float, spike: float) -> float:
-    """Loss of a teacher that sets its own targets from step 200 on, when the learning rate is ``spike`` times higher."""
+    """Loss of a teacher that sets its own targets from step 200 on, as the learning rate rises ``spike``-fold."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 5))
     ema = LyapEmaV3(model, decay=0.95, min_decay=0.95, v_radius=v_radius)  # one decay: only the guard differs
