@@ -8,8 +8,8 @@ A backend is a module `scan_<name>` (listed in `backends.py`) with five function
     unavailable(device) -> str                    why it cannot run there, "" if it can
     selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> (out, states)
     selective_scan_backward(grad, <the ten above>, states) -> gradients of the eight tensors, None for absent ones
-    bidirectional_scan_forward(<thirteen tensors>, psi, nu) -> (out, states)
-    bidirectional_scan_backward(grad, <the fifteen above>, states) -> gradients of the thirteen tensors
+    bidirectional_scan_forward(ahead, back, z, psi, nu) -> (out, states)
+    bidirectional_scan_backward(grad, <the five above>, states) -> gradients of ahead, back (a `Direction` each) and z
 Tensors are channel-last with any strides and may mix dtypes. Outputs and gradients are contiguous, freshly allocated,
 in the dtype of what they belong to; every element is written; l >= 1 and b >= 1. `states`, contiguous,
 ``(b, directions, ceil(l / CHUNK), n, d)``, in `state_dtype`, are the states after each chunk of tokens, counted in the
@@ -17,11 +17,13 @@ direction of the scan; forward and backward may run in different backends, so al
 them to ``(b, -1)``: a dimension that is 1 for short inputs would tie an exported program to the length it saw.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .backends import choose, of_forward
-from .scan_reference import CHUNK, state_dtype
+from .scan_reference import CHUNK, Direction, state_dtype
 
 
 def _check(name: str, x: Tensor | None, shape: tuple[int, ...], letters: str) -> None:
@@ -199,6 +201,18 @@ def _differentiate_selective(ctx, grad, _):  # type: ignore[no-untyped-def]
 _selective_scan.register_autograd(_differentiate_selective, setup_context=_save_selective)
 
 
+def split_directions(operands: Sequence[Tensor]) -> tuple[Direction, Direction, Tensor]:
+    """Sort the thirteen tensors of `bidirectional_scan` by direction; z is shared."""
+    ahead, back = (Direction(*operands[k:6:2], *operands[7 + k : 13 : 2]) for k in (0, 1))
+    return ahead, back, operands[6]
+
+
+def join_directions(ahead: Direction, back: Direction, z: Tensor) -> list[Tensor]:
+    """Undo `split_directions`."""
+    pairs = [x for pair in zip(ahead, back, strict=True) for x in pair]
+    return [*pairs[:6], z, *pairs[6:]]
+
+
 @torch.library.custom_op("semivim::bidirectional_scan", mutates_args=())
 def _bidirectional_scan(
     u: Tensor,
@@ -218,12 +232,12 @@ def _bidirectional_scan(
     nu: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b, psi, nu
-    _check_bidirectional(*operands)
+    operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b
+    _check_bidirectional(*operands, psi, nu)
     module = choose("scan", backend, u.device, u.dtype)
     if u.numel() == 0:
         return _contiguous_like(u)[0], _new_states(u, A, 2)
-    out, states = module.bidirectional_scan_forward(*operands)
+    out, states = module.bidirectional_scan_forward(*split_directions(operands), psi, nu)
     return out, states.view(states.shape[0], -1)
 
 
@@ -260,7 +274,8 @@ def _bidirectional_scan_backward(
     module = choose("scan", backend, u.device, u.dtype)
     if u.numel() == 0:
         return [torch.zeros_like(x) for x in operands]
-    return list(module.bidirectional_scan_backward(grad, *operands, psi, nu, _unflatten(states, u, A, 2)))
+    states = _unflatten(states, u, A, 2)
+    return join_directions(*module.bidirectional_scan_backward(grad, *split_directions(operands), psi, nu, states))
 
 
 @_bidirectional_scan_backward.register_fake

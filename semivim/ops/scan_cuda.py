@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
 from torch import Tensor
 
-from .scan_reference import CHUNK
+from .scan_reference import CHUNK, Direction
 
 
 def unavailable(device: torch.device) -> str:
@@ -139,19 +139,8 @@ def selective_scan_backward(
     return du, ddelta, dA, dB, dC, dD, dz, dbias  # type: ignore[return-value]
 
 
-def _directions(
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
-) -> _Scan:
-    operands = [(u, delta, A, *bc.chunk(2, -1), delta_bias), (u_b, delta_b, A_b, *bc_b.chunk(2, -1), delta_bias_b)]
+def _both(ahead: Direction, back: Direction) -> _Scan:
+    operands = [(f.u, f.delta, f.A, *f.bc.chunk(2, -1), f.delta_bias) for f in (ahead, back)]
     return _Scan(operands, (False, True), True)
 
 
@@ -164,63 +153,35 @@ def _mix(psi: Tensor | None, nu: Tensor | None) -> tuple[Tensor, Tensor] | None:
 
 
 def bidirectional_scan_forward(
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
-    z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
+    ahead: Direction, back: Direction, z: Tensor, psi: Tensor | None, nu: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output ``(b, l, d)`` and NaN states ``(b, 2, ceil(l / CHUNK), n, d)``."""
-    s, s_b = _directions(u, u_b, delta, delta_b, bc, bc_b, A, A_b, delta_bias, delta_bias_b).s
-    out = F.silu(z.float()) * (s + D.float() * u + s_b + D_b.float() * u_b)
+    s, s_b = _both(ahead, back).s
+    out = F.silu(z.float()) * (s + ahead.D.float() * ahead.u + s_b + back.D.float() * back.u)
     mix = _mix(psi, nu)
     if mix is not None:
         out = out + mix[0] * s + mix[1] * s_b
-    return _as(0.5 * out, u), _no_states(u, A.shape[1], 2)
+    return _as(0.5 * out, ahead.u), _no_states(ahead.u, ahead.A.shape[1], 2)
 
 
 def bidirectional_scan_backward(
     grad: Tensor,
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
+    ahead: Direction,
+    back: Direction,
     z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
     psi: Tensor | None,
     nu: Tensor | None,
     states: Tensor,  # noqa: ARG001
-) -> tuple[Tensor, ...]:
-    """Return the gradients of u, u_b, delta, ..., delta_bias_b, in the order of the arguments; psi and nu have none."""
-    scan = _directions(u, u_b, delta, delta_b, bc, bc_b, A, A_b, delta_bias, delta_bias_b)
+) -> tuple[Direction, Direction, Tensor]:
+    """Return the gradients of `ahead`, `back` and z; psi and nu have none."""
+    scan = _both(ahead, back)
     half = 0.5 * grad.float()
     gated = half * F.silu(z.float())
-    y = scan.s[0] + D.float() * u + scan.s[1] + D_b.float() * u_b
+    y = sum(s + f.D.float() * f.u for s, f in zip(scan.s, (ahead, back), strict=True))
     mix = _mix(psi, nu)
     ds = [gated, gated] if mix is None else [gated + half * weight for weight in mix]
-    (du, ddelta, dA, dB, dC, dbias), (du_b, ddelta_b, dA_b, dB_b, dC_b, dbias_b) = scan.backward(ds)
-    gradients = (
-        *(du + D.float() * gated, du_b + D_b.float() * gated, ddelta, ddelta_b),
-        *(torch.cat((dB, dC), -1), torch.cat((dB_b, dC_b), -1)),
-        torch.ops.aten.silu_backward(half * y, z.float()),
-        *(dA, dA_b, (gated * u).sum((0, 1)), (gated * u_b).sum((0, 1)), dbias, dbias_b),
-    )
-    operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b
-    return tuple(_as(g, x) for g, x in zip(gradients, operands, strict=True))
+    directions = []
+    for f, (du, ddelta, dA, dB, dC, dbias) in zip((ahead, back), scan.backward(ds), strict=True):
+        of = du + f.D.float() * gated, ddelta, torch.cat((dB, dC), -1), dA, (gated * f.u).sum((0, 1)), dbias
+        directions.append(Direction(*(_as(g, x) for g, x in zip(of, f, strict=True))))
+    return *directions, _as(torch.ops.aten.silu_backward(half * y, z.float()), z)  # type: ignore[return-value]

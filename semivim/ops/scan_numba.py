@@ -12,13 +12,14 @@ from torch import Tensor
 
 from . import scan_adjoint_numba as adjoint
 from . import scan_kernels_numba as kernels
+from .scan_reference import Direction
 from .threads import aligned_scratch, run_tasks
 from .vector_numba import BFLOAT16, FLOAT32, LANES, LOG2_E
 
 
 def unavailable(device: torch.device) -> str:
     """Return why this backend cannot run on a device."""
-    if numba.config.DISABLE_JIT:
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return "numba's compiler is switched off by NUMBA_DISABLE_JIT"
     return "" if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
 
@@ -202,64 +203,38 @@ def selective_scan_backward(
     return tuple(None if x is None or g is None else g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
 
 
-def _directions(operands: tuple[Tensor, ...], psi: Tensor | None, nu: Tensor | None) -> tuple[list[_Side], Tensor]:
-    u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b = operands
+def _both(ahead: Direction, back: Direction, z: Tensor, psi: Tensor | None, nu: Tensor | None) -> _Launch:
     leaks: list[Tensor | None] = [None, None]
     if psi is not None and nu is not None:
         leaks = [nu.float() * psi.float(), nu.float() * (1 - psi.float())]  # Semi-ViM Eq. (15), (16)
-    B, C = bc.chunk(2, -1)
-    B_b, C_b = bc_b.chunk(2, -1)
-    ahead = _Side(u, delta, B, C, A, D, bias, leaks[0], False)
-    back = _Side(u_b, delta_b, B_b, C_b, A_b, D_b, bias_b, leaks[1], True)
-    return [ahead, back], z
+    sides = []
+    for f, leak, reverse in ((ahead, leaks[0], False), (back, leaks[1], True)):
+        B, C = f.bc.chunk(2, -1)
+        sides.append(_Side(f.u, f.delta, B, C, f.A, f.D, f.delta_bias, leak, reverse))
+    return _Launch(sides, z, 0.5, True)
 
 
 def bidirectional_scan_forward(
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
-    z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
+    ahead: Direction, back: Direction, z: Tensor, psi: Tensor | None, nu: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the stored states, as `scan_reference` does."""
-    operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b
-    return _Launch(*_directions(operands, psi, nu), 0.5, True).forward()
+    return _both(ahead, back, z, psi, nu).forward()
 
 
 def bidirectional_scan_backward(
     grad: Tensor,
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
+    ahead: Direction,
+    back: Direction,
     z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
     psi: Tensor | None,
     nu: Tensor | None,
     states: Tensor,
-) -> tuple[Tensor, ...]:
-    """Return the gradients of u, u_b, delta, ..., delta_bias_b, in the order of the arguments."""
-    operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b
-    dz, (f, b) = _Launch(*_directions(operands, psi, nu), 0.5, True).backward(grad, states, packed=True)
+) -> tuple[Direction, Direction, Tensor]:
+    """Return the gradients of `ahead`, `back` and z; psi and nu have none."""
+    dz, gradients = _both(ahead, back, z, psi, nu).backward(grad, states, packed=True)
     assert dz is not None
-    names = "u", "delta", "bc", "A", "D", "bias"
-    pairs = [of[name] for name in names for of in (f, b)]
-    gradients = (*pairs[:6], dz, *pairs[6:])
-    return tuple(g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
+    of_ahead, of_back = (
+        Direction(*(g.to(x.dtype) for g, x in zip(of.values(), f, strict=True)))
+        for of, f in zip(gradients, (ahead, back), strict=True)
+    )
+    return of_ahead, of_back, dz.to(z.dtype)

@@ -7,6 +7,8 @@ implementation of a custom op cannot call autograd.
 Source: Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2; Semi-ViM Eq. (1)-(3), (15)-(16).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,17 @@ from torch import Tensor
 # Tokens between two stored states. A forward returns, beside its output, the state after each chunk, so that a backward
 # recomputes a chunk at a time.
 CHUNK = 64
+
+
+class Direction(NamedTuple):
+    """Operands of one direction of the bidirectional scan, or their gradients."""
+
+    u: Tensor  # (b, l, d)
+    delta: Tensor  # (b, l, d), before bias and softplus
+    bc: Tensor  # (b, l, 2n), [B | C]
+    A: Tensor  # (d, n)
+    D: Tensor  # (d,)
+    delta_bias: Tensor  # (d,)
 
 
 def unavailable(device: torch.device) -> str:  # noqa: ARG001
@@ -147,28 +160,12 @@ def selective_scan_backward(
 
 
 def bidirectional_scan_forward(
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
-    z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
+    ahead: Direction, back: Direction, z: Tensor, psi: Tensor | None, nu: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output ``(b, l, d)`` and the stored states ``(b, 2, ceil(l / CHUNK), n, d)``."""
-    wide = state_dtype(u)
+    wide = state_dtype(ahead.u)
     s, skip, states = [], [], []
-    for reverse, operands in enumerate(
-        ((u, delta, bc, A, D, delta_bias), (u_b, delta_b, bc_b, A_b, D_b, delta_bias_b))
-    ):
+    for reverse, operands in enumerate((ahead, back)):
         x, step, row, decay, weight, bias = (operand.to(wide) for operand in operands)
         B, C = row.chunk(2, -1)
         readout, stored, _ = _recurrence(x, F.softplus(step + bias), decay, B, C, bool(reverse))
@@ -179,37 +176,25 @@ def bidirectional_scan_forward(
     if psi is not None and nu is not None:
         share = psi.to(wide)[:, None, None]
         out = out + nu.to(wide)[:, None, None] * (share * s[0] + (1 - share) * s[1])  # Semi-ViM Eq. (15), (16)
-    return _as(0.5 * out, u), torch.stack(states, 1)
+    return _as(0.5 * out, ahead.u), torch.stack(states, 1)
 
 
 def bidirectional_scan_backward(
     grad: Tensor,
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
+    ahead: Direction,
+    back: Direction,
     z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
     psi: Tensor | None,
     nu: Tensor | None,
     states: Tensor,  # noqa: ARG001
-) -> tuple[Tensor, ...]:
-    """Return the gradients of u, u_b, delta, ..., delta_bias_b, in the order of the arguments; psi and nu have none."""
-    wide = state_dtype(u)
+) -> tuple[Direction, Direction, Tensor]:
+    """Return the gradients of `ahead`, `back` and z; psi and nu have none."""
+    wide = state_dtype(ahead.u)
     gate, half = z.to(wide).contiguous(), 0.5 * grad.to(wide)
     gated = half * F.silu(gate)
     y = torch.zeros_like(gate)
     gradients = []
-    for reverse, operands in enumerate(
-        ((u, delta, bc, A, D, delta_bias), (u_b, delta_b, bc_b, A_b, D_b, delta_bias_b))
-    ):
+    for reverse, operands in enumerate((ahead, back)):
         x, step, row, decay, weight, bias = (operand.to(wide) for operand in operands)
         B, C = row.chunk(2, -1)
         dt = F.softplus(step + bias)
@@ -229,7 +214,5 @@ def bidirectional_scan_backward(
             (gated * x).sum((0, 1)),
             draw.sum((0, 1)),
         )
-        gradients.append([_as(g, operand) for g, operand in zip(of_direction, operands, strict=True)])
-    ahead, back = gradients
-    pairs = [gradient for pair in zip(ahead, back, strict=True) for gradient in pair]
-    return (*pairs[:6], _as(torch.ops.aten.silu_backward(half * y, gate), z), *pairs[6:])
+        gradients.append(Direction(*(_as(g, operand) for g, operand in zip(of_direction, operands, strict=True))))
+    return *gradients, _as(torch.ops.aten.silu_backward(half * y, gate), z)  # type: ignore[return-value]

@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from . import scan_kernels_triton as kernels
-from .scan_reference import CHUNK
+from .scan_reference import CHUNK, Direction
 
 # One warp, one channel a lane. Wider blocks would pass every sum over channels through shared memory.
 BLOCK_D = 32
@@ -56,9 +56,9 @@ class _Direction(NamedTuple):
     bias: Tensor
 
 
-def _direction(u: Tensor, delta: Tensor, A: Tensor, bc: Tensor, D: Tensor, bias: Tensor) -> _Direction:
-    B, C = bc.chunk(2, -1)
-    return _Direction(u, delta, A, B, C, D, bias)
+def _direction(f: Direction) -> _Direction:
+    B, C = f.bc.chunk(2, -1)
+    return _Direction(f.u, f.delta, f.A, B, C, f.D, f.delta_bias)
 
 
 class _Plan(NamedTuple):
@@ -186,25 +186,12 @@ def selective_scan_forward(
 
 
 def bidirectional_scan_forward(
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
-    z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
+    ahead: Direction, back: Direction, z: Tensor, psi: Tensor | None, nu: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output ``(b, l, d)`` and the stored states ``(b, 2, ceil(l / CHUNK), n, d)``."""
-    (b, l, d), n = u.shape, A.shape[1]
-    f, g = _pair(_direction(u, delta, A, bc, D, delta_bias), _direction(u_b, delta_b, A_b, bc_b, D_b, delta_bias_b))
+    u = ahead.u
+    (b, l, d), n = u.shape, ahead.A.shape[1]
+    f, g = _pair(_direction(ahead), _direction(back))
     plan = _plan(u, n, 1)
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
     partial = torch.empty_like(out, dtype=torch.float32)
@@ -330,29 +317,19 @@ def selective_scan_backward(
 
 def bidirectional_scan_backward(
     grad: Tensor,
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
+    ahead: Direction,
+    back: Direction,
     z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
     psi: Tensor | None,
     nu: Tensor | None,
     states: Tensor,
-) -> tuple[Tensor, ...]:
-    """Return the gradients of u, u_b, delta, ..., delta_bias_b, in the order of the arguments; psi and nu have none."""
-    f = _direction(u, delta, A, bc, D, delta_bias)
-    g = _direction(u_b, delta_b, A_b, bc_b, D_b, delta_bias_b)
-    (of, of_b), dz = _backward(grad, f, g, z, _weights(psi, nu), states, 0.5, True, False)
+) -> tuple[Direction, Direction, Tensor]:
+    """Return the gradients of `ahead`, `back` and z; psi and nu have none."""
+    f, g = _direction(ahead), _direction(back)
+    gradients, dz = _backward(grad, f, g, z, _weights(psi, nu), states, 0.5, True, False)
     assert dz is not None
-    return (
-        of.u, of_b.u, of.delta, of_b.delta, of.row.to(bc.dtype), of_b.row.to(bc_b.dtype), dz,
-        of.A, of_b.A, of.D, of_b.D, of.bias, of_b.bias,
-    )  # fmt: skip
+    of_ahead, of_back = (
+        Direction(of.u, of.delta, of.row.to(x.bc.dtype), of.A, of.D, of.bias)
+        for of, x in zip(gradients, (ahead, back), strict=True)
+    )
+    return of_ahead, of_back, dz

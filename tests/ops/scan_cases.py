@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from semivim.ops import available_backends, bidirectional_scan, selective_scan
+from semivim.ops.scan import join_directions, split_directions
 
 BACKENDS = [name for name, state in available_backends("cpu").items() if state.startswith("available")]
 LENGTHS = (1, 7, 63, 64, 197, 730)
@@ -48,6 +49,16 @@ def mixing(b: int) -> dict[str, Tensor]:
     """Per-image weights of the hidden-state mix."""
     g = torch.Generator().manual_seed(7)
     return {"psi": torch.rand(b, generator=g), "nu": torch.rand(b, generator=g)}
+
+
+def forward_of(backend, *operands) -> tuple[Tensor, Tensor]:
+    """Output and states of a backend's bidirectional scan, for the thirteen tensors, psi and nu."""
+    return backend.bidirectional_scan_forward(*split_directions(operands), *operands[13:])
+
+
+def gradients_of(backend, grad: Tensor, *operands) -> list[Tensor]:
+    """Gradients of the thirteen tensors; the states follow psi and nu."""
+    return join_directions(*backend.bidirectional_scan_backward(grad, *split_directions(operands), *operands[13:]))
 
 
 def run(function, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:

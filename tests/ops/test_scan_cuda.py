@@ -6,7 +6,7 @@ import torch
 
 from semivim.ops import backends, scan_reference
 from tests.ops import mamba_stand_in
-from tests.ops.scan_cases import bidirectional_inputs, mixing, selective_inputs
+from tests.ops.scan_cases import bidirectional_inputs, forward_of, gradients_of, mixing, selective_inputs
 from tests.tolerance import assert_close
 
 SELECTIVE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -39,14 +39,14 @@ def compare(names, actual, expected, tolerance):
 def test_bidirectional_scan_is_the_reference(scan_cuda, b, l, d, dtype, mixed):
     inputs = bidirectional_inputs(b, l, d, 3, getattr(torch, dtype))
     operands = (*inputs.values(), *(mixing(b).values() if mixed else (None, None)))
-    out, states = scan_cuda.bidirectional_scan_forward(*operands)
-    expected, stored = scan_reference.bidirectional_scan_forward(*operands)
+    out, states = forward_of(scan_cuda, *operands)
+    expected, stored = forward_of(scan_reference, *operands)
     compare(("out",), (out,), (expected,), dtype)
     assert states.shape == stored.shape and states.isnan().all()
     grad = torch.randn_like(out)
     tolerance = "float32_grad" if dtype == "float32" else dtype
-    actual = scan_cuda.bidirectional_scan_backward(grad, *operands, states)
-    compare(inputs, actual, scan_reference.bidirectional_scan_backward(grad, *operands, stored), tolerance)
+    actual = gradients_of(scan_cuda, grad, *operands, states)
+    compare(inputs, actual, gradients_of(scan_reference, grad, *operands, stored), tolerance)
 
 
 @pytest.mark.parametrize("reverse", (False, True), ids=("ahead", "reverse"))
@@ -67,9 +67,9 @@ def test_mixed_dtypes_keep_their_own(scan_cuda):
     inputs = bidirectional_inputs(1, 5, 4, 3)
     inputs |= {name: inputs[name].bfloat16() for name in ("u", "u_b", "z")}
     operands = (*inputs.values(), None, None)
-    out, states = scan_cuda.bidirectional_scan_forward(*operands)
+    out, states = forward_of(scan_cuda, *operands)
     assert out.dtype == torch.bfloat16
-    gradients = scan_cuda.bidirectional_scan_backward(torch.ones_like(out), *operands, states)
+    gradients = gradients_of(scan_cuda, torch.ones_like(out), *operands, states)
     assert [g.dtype for g in gradients] == [x.dtype for x in inputs.values()]
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from semivim.ops import scan_triton
-from tests.ops.scan_cases import bidirectional_inputs, mixing
+from tests.ops.scan_cases import bidirectional_inputs, forward_of, gradients_of, mixing
 from tests.ops.triton_runs import assert_deterministic, compiled
 from tests.ops.triton_runs import compiles as compiles
 
@@ -20,8 +20,8 @@ def vim_operands(b, l, d, n=16, rank=12, dtype=torch.bfloat16):
 @pytest.mark.parametrize("b", [64, 1], ids=["whole", "segmented"])
 def test_bidirectional_kernels_compile_without_atomics(compiles, b):
     operands = (*vim_operands(b, 197, 384).values(), *mixing(b).values())
-    out, states = scan_triton.bidirectional_scan_forward(*operands)
-    scan_triton.bidirectional_scan_backward(out, *operands, states)
+    out, states = forward_of(scan_triton, *operands)
+    gradients_of(scan_triton, out, *operands, states)
     assert {"bidirectional_forward", "scan_backward", "gate_backward"} <= set(compiles)
     assert ("segment_effect" in compiles) == (b == 1)
     assert_deterministic(compiles)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from semivim.ops import bidirectional_scan, scan_reference, selective_scan
-from tests.ops.scan_cases import bidirectional_inputs, mixing, selective_inputs
+from tests.ops.scan_cases import bidirectional_inputs, forward_of, gradients_of, mixing, selective_inputs
 from tests.tolerance import assert_close
 
 
@@ -36,10 +36,10 @@ def test_selective_gradcheck(missing, reverse):
 def test_bidirectional_backward_is_autograd_of_the_forward(l):
     inputs = [x.requires_grad_() for x in bidirectional_inputs(2, l, 5, 3, torch.float64).values()]
     mix = mixing(2).values()
-    out, states = scan_reference.bidirectional_scan_forward(*inputs, *mix)
+    out, states = forward_of(scan_reference, *inputs, *mix)
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(out, inputs, grad)
-    for k, gradient in enumerate(scan_reference.bidirectional_scan_backward(grad, *inputs, *mix, states)):
+    for k, gradient in enumerate(gradients_of(scan_reference, grad, *inputs, *mix, states)):
         assert_close(str(k), gradient, expected[k], "float64")
 
 

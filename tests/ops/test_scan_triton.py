@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from semivim.ops import available_backends, bidirectional_scan, scan_reference, scan_triton, selective_scan
-from tests.ops.scan_cases import bidirectional_inputs, mixing, selective_inputs
+from tests.ops.scan_cases import bidirectional_inputs, forward_of, gradients_of, mixing, selective_inputs
 from tests.ops.triton_runs import INTERPRETED, compiled, interpreted, on_gpu, run_in_interpreter
 from tests.tolerance import assert_close
 
@@ -47,13 +47,13 @@ def compare_bidirectional(inputs, mixed, dtype="float32"):
     device = inputs["u"].device
     weights = (x.to(device) for x in mixing(inputs["u"].shape[0]).values())
     operands = (*inputs.values(), *(weights if mixed else (None, None)))
-    out, states = scan_triton.bidirectional_scan_forward(*operands)
-    expected = scan_reference.bidirectional_scan_forward(*operands)
+    out, states = forward_of(scan_triton, *operands)
+    expected = forward_of(scan_reference, *operands)
     compare(("out", "states"), (out, states), expected, dtype)
     grad = torch.randn_like(out)
     # Either backend may have run the forward.
-    actual = scan_triton.bidirectional_scan_backward(grad, *operands, expected[1])
-    compare(inputs, actual, scan_reference.bidirectional_scan_backward(grad, *operands, states), dtype)
+    actual = gradients_of(scan_triton, grad, *operands, expected[1])
+    compare(inputs, actual, gradients_of(scan_reference, grad, *operands, states), dtype)
 
 
 @interpreted
@@ -102,10 +102,10 @@ def test_strided_weights_of_the_mix():
     mix = torch.rand(2, 2)
     for psi, nu in ((mix[:, 0], mix[:, 1]), (mix[0, :1].expand(2), mix[1, :1].expand(2))):
         operands = (*inputs.values(), psi, nu)
-        out, states = scan_triton.bidirectional_scan_forward(*operands)
-        assert_close("out", out, scan_reference.bidirectional_scan_forward(*operands)[0])
-        actual = scan_triton.bidirectional_scan_backward(out, *operands, states)
-        compare(inputs, actual, scan_reference.bidirectional_scan_backward(out, *operands, states), "float32")
+        out, states = forward_of(scan_triton, *operands)
+        assert_close("out", out, forward_of(scan_reference, *operands)[0])
+        actual = gradients_of(scan_triton, out, *operands, states)
+        compare(inputs, actual, gradients_of(scan_reference, out, *operands, states), "float32")
 
 
 def test_a_batch_over_the_grids_limit_is_refused():
