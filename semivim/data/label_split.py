@@ -141,7 +141,7 @@ def make_split(
     elif fraction is not None:
         counts = _fraction_counts(sizes, fraction, min_per_class)
     else:
-        counts = np.where(sizes > 0, per_class, 0)  # num_classes may be more than the data set has
+        counts = np.where(sizes > 0, per_class or 0, 0)  # num_classes may be more than the data set has
     labelled = _take(members, counts, chosen[0])
     return complete_split(labels, num_classes, labelled, unlabelled, min_per_class, include_labelled)
 

@@ -5,6 +5,7 @@ import pickle
 import struct
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,7 @@ def open_unlabelled_folder(root: str) -> ImageSource:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         names += [
             os.path.relpath(os.path.join(folder, file), root)
             for file in files
@@ -200,7 +201,7 @@ def open_unlabelled_folder(root: str) -> ImageSource:
         ]
     if not names:
         raise ValueError(f"unlabelled folder {root!r} holds no image ({', '.join(sorted(extensions))})")
-    names.sort(key=natural_key)
+    names.sort(key=_order)
     return ImageSource(_FileReader(root, names), np.full(len(names), UNKNOWN), names=names, root=root)
 
 
@@ -222,6 +223,11 @@ def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
         ]
     labels = np.concatenate([first.labels, second.labels])
     return ImageSource(_JoinedReader(first, second), labels, first.class_names, names, root)
+
+
+def _order(name: str) -> tuple[list[int | str], str]:
+    """Sort as timm does, and what it holds to be equal (a1 and a01, A and a) alike on every file system."""
+    return natural_key(name), name
 
 
 def _shared_images(first: ImageSource, second: ImageSource) -> str:
@@ -347,7 +353,10 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
     if reader is None:
         return _from_torchvision(dataset, opened, split)
     if isinstance(reader, ReaderImageFolder):
-        source = _from_files(reader.samples, reader.class_to_idx, reader.root)
+        if "class_map" not in options:
+            _refuse_equal_classes(reader.class_to_idx)
+        samples = sorted(reader.samples, key=lambda sample: _order(sample[0]))
+        source = _from_files(samples, reader.class_to_idx, reader.root)
         _check_folders(source, reader.root, has_class_map="class_map" in options)
         return source
     if isinstance(reader, ReaderImageInTar):
@@ -384,6 +393,13 @@ def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tup
         indices = {name: index - (index > rootless) for name, index in indices.items()}
     names = sorted(indices, key=indices.__getitem__)
     return labels, names if names and [indices[name] for name in names] == list(range(len(names))) else None
+
+
+def _refuse_equal_classes(names: Iterable[str]) -> None:
+    """Refuse classes between which timm's order is left to chance."""
+    for first, second in pairwise(sorted(names, key=_order)):
+        if natural_key(first) == natural_key(second):
+            raise ValueError(f"classes {first!r} and {second!r} differ in case or zeros only, and would swap labels")
 
 
 def _check_folders(source: ImageSource, root: str, has_class_map: bool) -> None:

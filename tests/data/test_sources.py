@@ -1,6 +1,7 @@
 import builtins
 import gzip
 import io
+import os
 import pickle
 import struct
 import sys
@@ -369,6 +370,23 @@ def test_hidden_folder_is_no_class(write_images):
     with pytest.raises(ValueError, match="hidden folder '.*/train/cat/.ipynb_checkpoints' holds images"):
         open_source("", str(root))
     assert open_unlabelled_folder(str(root / "train")).names == ["cat/1.png", "dog/2.png"]
+
+
+def test_order_is_the_same_on_every_file_system(write_images, monkeypatch):
+    names = ["a1.png", "a01.png", "A1.png", "a001.png", "B2.png", "b2.png", "b10.png"]
+    root = write_images([f"train/cat/{name}" for name in names])
+    expected = [f"cat/{name}" for name in ("A1.png", "a001.png", "a01.png", "a1.png", "B2.png", "b2.png", "b10.png")]
+    walk = os.walk
+    for turn in (1, -1):
+        monkeypatch.setattr(
+            os, "walk", lambda *a, turn=turn, **k: ((d, s, sorted(f)[::turn]) for d, s, f in walk(*a, **k))
+        )
+        assert open_source("", str(root)).names == expected
+        assert open_unlabelled_folder(str(root / "train")).names == expected
+    (root / "train/Cat").mkdir()
+    (root / "train/cat/a1.png").rename(root / "train/Cat/a1.png")
+    with pytest.raises(ValueError, match="classes 'Cat' and 'cat' differ in case or zeros only"):
+        open_source("", str(root))
 
 
 def test_links_in_a_circle(write_images):
