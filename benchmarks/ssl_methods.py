@@ -27,6 +27,10 @@ METHODS = {
     "ema-teacher": ["--ssl-method", "ema-teacher", "--pseudo-mixup", "none"],
     "ema+warm-up": ["--ssl-method", "ema-teacher", "--pseudo-mixup", "none", "--model-ema-warmup"],
     "lyapema": ["--ssl-method", "lyapema", "--pseudo-mixup", "none"],
+    "lyapema .9-.999": [
+        *("--ssl-method", "lyapema", "--pseudo-mixup", "none"),
+        *("--lyap-min-decay", "0.9", "--model-ema-decay", "0.999"),
+    ],
     "lyapema+ss": ["--ssl-method", "lyapema", "--pseudo-mixup", "ss"],
 }
 FASHION = shlex.split(
@@ -40,7 +44,7 @@ FASHION = shlex.split(
 
 def train(method: str, seed: int, output: Path, extra: list[str]) -> dict:
     """Run train_ssl.py once on one thread, or read what an earlier run left."""
-    folder = output / f"{method}-{seed}"
+    folder = output / f"{method.replace(' ', '-')}-{seed}"
     if not (folder / "metrics.json").exists():
         flags = ["--output", str(output), "--experiment", folder.name, "--seed", str(seed), "--fold", str(seed)]
         subprocess.run(
@@ -76,10 +80,10 @@ def main() -> None:
     names = ["top1", "balanced_acc", "many", "medium", "few", "worst_class_recall"]
     results = {method: [run.result() for run in futures] for method, futures in runs.items()}
     names = [n for n in names if all(n in r["teacher"] for rs in results.values() for r in rs)]
-    print(f"{'':12}" + "".join(f"{'teacher ' + n:>28}" for n in names) + f"{'student top1':>18}{'seconds':>10}")
+    print(f"{'':16}" + "".join(f"{'teacher ' + n:>28}" for n in names) + f"{'student top1':>18}{'seconds':>10}")
     for method, rs in results.items():
         cells = "".join(f"{spread([r['teacher'][n] for r in rs]):>28}" for n in names)
-        print(f"{method:12}{cells}{spread([r['student']['top1'] for r in rs]):>18}", end="")
+        print(f"{method:16}{cells}{spread([r['student']['top1'] for r in rs]):>18}", end="")
         print(f"{statistics.mean(r['seconds'] for r in rs):10.0f}")
 
 
