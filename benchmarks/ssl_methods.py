@@ -27,7 +27,7 @@ METHODS = {
     "ema-teacher": ["--ssl-method", "ema-teacher", "--pseudo-mixup", "none"],
     "ema+warm-up": ["--ssl-method", "ema-teacher", "--pseudo-mixup", "none", "--model-ema-warmup"],
     "lyapema": ["--ssl-method", "lyapema", "--pseudo-mixup", "none"],
-    "lyapema .9-.999": [
+    "lyapema-wide": [
         *("--ssl-method", "lyapema", "--pseudo-mixup", "none"),
         *("--lyap-min-decay", "0.9", "--model-ema-decay", "0.999"),
     ],
@@ -44,7 +44,7 @@ FASHION = shlex.split(
 
 def train(method: str, seed: int, output: Path, extra: list[str]) -> dict:
     """Run train_ssl.py once on one thread, or read what an earlier run left."""
-    folder = output / f"{method.replace(' ', '-')}-{seed}"
+    folder = output / f"{method}-{seed}"
     if not (folder / "metrics.json").exists():
         flags = ["--output", str(output), "--experiment", folder.name, "--seed", str(seed), "--fold", str(seed)]
         subprocess.run(
