@@ -107,6 +107,14 @@ def test_view_converts_every_kind_of_image(channels, mode):
     assert view([image], [0]).shape == (1, channels, 16, 16)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
+def test_view_takes_the_smallest_images(size):
+    image = Image.new("RGB", size, (255, 0, 0))
+    for training in (True, False):
+        view = View((3, 16, 16), (0.0,) * 3, (1.0,) * 3, is_training=training, color_jitter=None)
+        assert torch.equal(view([image], [0]).amax(dim=(0, 2, 3)), torch.tensor([1.0, 0.0, 0.0]))
+
+
 @pytest.mark.parametrize("policy", ["rand-m10-n3-p1-inc1", "rand-m0-n3-p1", "v0", "original", "3a", "augmix-m5-w4-d2"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_augmentation_policy_runs_at_its_limits(policy, channels):
