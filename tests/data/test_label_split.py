@@ -69,6 +69,11 @@ def test_more_classes_than_the_data_set_has():
         make_split(balanced(10, 2), 3, per_class=4)
 
 
+def test_the_smallest_classes_can_be_labelled():
+    assert make_split([0, 0, 1], 2, per_class=1).labels_per_class.tolist() == [1, 1]
+    assert make_split([0, 0, 1], 2, imb_n1=1).labels_per_class.tolist() == [1, 1]
+
+
 def test_images_of_unknown_class_are_only_ever_unlabelled():
     labels = np.array([0, 0, 1, 1, -1, -1])
     split = make_split(labels, 2, fraction=1.0)
