@@ -322,6 +322,8 @@ def check_train_flags(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"argument --{name.replace('_', '-')}: wanted rising values, got {_words(values)}")
     if len(args.lr_noise or []) > 2:
         parser.error(f"argument --lr-noise: wanted one or two values, got {_words(args.lr_noise)}")
+    if len(args.opt_betas or [0.9, 0.999]) < 2:
+        parser.error(f"argument --opt-betas: wanted two values or more, got {_words(args.opt_betas)}")
     channels = args.input_size[0] if args.input_size else args.in_chans or 3
     for name in ("mean", "std"):
         values = getattr(args, name) or [0.0]
@@ -359,11 +361,13 @@ def _check_device(parser: Parser, args: argparse.Namespace) -> None:
     if args.device is None or args.device_modules:  # the modules may bring the device
         return
     try:
-        kind = torch.device(args.device).type
+        device = torch.device(args.device)
     except RuntimeError:
         parser.error(f"argument --device: {args.device} is not a device of torch, such as cpu, cuda or cuda:1")
-    if kind == "cuda" and not torch.cuda.is_available():
-        parser.error(f"argument --device: {args.device} is not here, wanted cpu: torch finds no CUDA device")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if here and here.type == device.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        parser.error(f"argument --device: {args.device} is not here: torch finds {count} devices of type {device.type}")
 
 
 def scaled_lr(args: argparse.Namespace, global_batch: int) -> float:

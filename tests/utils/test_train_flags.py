@@ -2,6 +2,7 @@ import argparse
 import re
 
 import pytest
+import torch
 
 from semivim.utils import train_flags
 from semivim.utils.parser import Number, Parser
@@ -98,6 +99,7 @@ def test_wrong_value_is_refused_where_it_is_read(words, capsys):
         ("--cutmix-minmax 0.5 0.5", "argument --cutmix-minmax: wanted rising values, got 0.5 0.5"),
         ("--decay-milestones 30 20", "argument --decay-milestones: wanted rising values, got 30 20"),
         ("--lr-noise 0 0.5 1", "argument --lr-noise: wanted one or two values, got 0 0.5 1"),
+        ("--opt-betas 0.9", "argument --opt-betas: wanted two values or more, got 0.9"),
         ("--mean 0.5 0.5", "argument --mean: wanted one value for each channel (3), or one for all, got 0.5 0.5"),
         (
             "--in-chans 1 --std 1 1 1",
@@ -119,9 +121,19 @@ def test_flags_that_contradict_each_other_are_one_line(words, message, capsys):
     assert refusal(capsys, words.split()) == message
 
 
-def test_device_that_is_not_here_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert refusal(capsys, ["--device", "cuda:1"]).startswith("argument --device: cuda:1 is not here")
+@pytest.mark.parametrize(("device", "count"), [("xpu", 0), ("meta", 0), ("cuda:2", 2)])
+def test_device_that_is_not_here_is_refused(device, count, monkeypatch, capsys, parser):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    said = f"{device} is not here: torch finds {count} devices of type {device.split(':')[0]}"
+    assert refusal(capsys, ["--device", device]) == f"argument --device: {said}"
+    for there in ("cpu", "cuda", "cuda:1"):
+        train_flags.check_train_flags(parser, parser.parse_args(["--device", there]))
+
+
+def test_cuda_is_refused_where_torch_finds_no_accelerator(monkeypatch, capsys):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
+    assert "torch finds 0 devices of type cuda" in refusal(capsys, ["--device", "cuda"])
 
 
 def test_what_timm_takes_is_taken(parser):
