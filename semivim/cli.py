@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from semivim.data import UnreadableImageError
 from semivim.inference import find_images, load_model, predict
+from semivim.utils.checkpoint import one_line
 from semivim.utils.hub import publish
-from semivim.utils.model_folder import one_line
 from semivim.utils.parser import Number, Parser
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 
 from semivim.models import Vim
 from semivim.models.vim_weights import WEIGHTS_ENTRY, checkpoint_filter_fn
-from semivim.utils.checkpoint import load_untrusted, save_model
-from semivim.utils.model_folder import load_folder, one_line
+from semivim.utils.checkpoint import load_untrusted, one_line, save_model
+from semivim.utils.model_folder import load_folder
 from semivim.utils.parser import Parser
 
 
@@ -33,12 +34,11 @@ def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.Pat
         The model with the checkpoint's weights.
 
     Raises:
-        ValueError: If the file cannot be read, its weights do not fit the model, the folder exists or has no place, or
-            the reloaded model gives other logits.
-        OSError: If the folder cannot be written.
+        ValueError: If the file cannot be read, its weights do not fit the model, the folder exists or cannot be
+            written, or the reloaded model gives other logits.
     """
     folder = Path(folder)
-    if folder.exists():
+    if os.path.lexists(folder):
         raise ValueError(f"{folder} exists, wanted the name of a folder to create")
     if not folder.parent.is_dir():
         raise ValueError(f"no folder {folder.parent} to create {folder.name} in")
@@ -51,12 +51,15 @@ def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.Pat
         model = _build(model_name, state, entry or WEIGHTS_ENTRY.get(model_name, "model"))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} does not fit {model_name}: {one_line(error)}") from error
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        staged = Path(temporary) / folder.name
-        staged.mkdir()
-        save_model(model, staged)
-        _compare(model, load_folder(staged, "folder"))
-        staged.rename(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            staged = Path(temporary) / folder.name
+            staged.mkdir()
+            save_model(model, staged)
+            _compare(model, load_folder(staged, str(folder)))
+            staged.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {folder}: {one_line(error)}") from error
     return model
 
 
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         model = convert(args.checkpoint, args.model, args.folder, args.entry)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
     num_params = sum(p.numel() for p in model.parameters())
     sys.stdout.write(

@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_input_data_config
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from semivim.data import ImageSource, View, open_unlabelled_folder
 from semivim.data.two_views import EvaluationImages
 from semivim.models.vim_weights import named_tensors
-from semivim.utils.checkpoint import load_untrusted
+from semivim.utils.checkpoint import UNREADABLE, load_untrusted, one_line
+from semivim.utils.hub import check_repo_id
 from semivim.utils.hub_session import fetch, hub_session
-from semivim.utils.model_folder import MODEL_FILES, load_folder, one_line
+from semivim.utils.model_folder import MODEL_FILES, load_folder
 
 _HUB = "hf-hub:"
 _FOLDER = "local-dir:"
@@ -48,8 +49,7 @@ def load_model(
         if checkpoint or pretrained or num_classes:
             raise ValueError(f"model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
         if name.startswith(_FOLDER):
-            folder = name.removeprefix(_FOLDER)
-            return load_folder(Path(folder), f"model: folder {folder}")
+            return load_folder(Path(name.removeprefix(_FOLDER)), f"model: {name}")
         return load_folder(_download(name.removeprefix(_HUB)), f"model: {name}")
     if not timm.is_model(name):
         near = difflib.get_close_matches(split_model_name_tag(name)[0], timm.list_models(), n=3)
@@ -97,7 +97,7 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
         ``(label, probability)``, most probable first.
 
     Raises:
-        ValueError: If ``topk`` is out of range, or the model has no classes or odd preprocessing.
+        ValueError: If ``topk`` is out of range, or the model has no classes, odd preprocessing or damaged weights.
         UnreadableImageError: If the image is missing or cannot be decoded.
     """
     names = _class_names(model)
@@ -108,7 +108,10 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
     source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)])
     images = EvaluationImages(source, _evaluation_view(model), np.arange(1)).__getitems__([0]).image
     with torch.inference_mode():
-        confidence, index = model(images).float().softmax(-1)[0].topk(topk)
+        logits = model(images)[0].float()
+    if not logits.isfinite().all():
+        raise ValueError(f"model: its logits of {image_path} are not finite")
+    confidence, index = logits.softmax(-1).topk(topk)
     return [(names[i], c) for i, c in zip(index.tolist(), confidence.tolist(), strict=True)]
 
 
@@ -116,9 +119,8 @@ def _evaluation_view(model: nn.Module) -> View:
     try:
         view = View(**resolve_input_data_config(model), is_training=False)
         view([Image.new(view.mode, (8, 8))], [0])
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        cause = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"model: images cannot be prepared as its pretrained_cfg says: {cause}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"model: its pretrained_cfg says nothing to prepare images by: {one_line(error)}") from error
     return view
 
 
@@ -131,22 +133,21 @@ def _open_image(path: str | Path) -> Image.Image:
 def _download(repo: str) -> Path:
     """Fetch a repository's config and weights, checksums verified, and return the folder that holds them."""
     repo_id, _, revision = repo.partition("@")
-    if repo_id.count("/") != 1:
-        raise ValueError(f"model: wanted {_HUB}org/name[@revision], got {_HUB}{repo}")
+    check_repo_id(repo_id, "hf-hub")
     for name in MODEL_FILES:
         path = fetch(repo_id, name, revision or None)
     return path.parent
 
 
 def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.Module:
+    state = _read_weights(checkpoint)
     try:
-        state = _read_weights(checkpoint)
         entry = next((entry for entry in _ENTRIES if state.get(entry) is not None), None)
         weights = named_tensors(state[entry], entry) if entry else named_tensors(state, "state dict")
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         model = timm.create_model(name, **options)
         model.load_state_dict(weights)
-    except (ValueError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
     return model.eval()
 
@@ -155,13 +156,16 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     if not path.endswith(".safetensors"):
         return load_untrusted(path)
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(one_line(error)) from error
+        return load(Path(path).read_bytes())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
 
 
 def _load_pretrained(name: str) -> nn.Module:
-    config = get_pretrained_cfg(name)
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag
+        raise ValueError(f"model: {name}: {one_line(error)}") from error
     if config is None or not config.has_weights:
         known = timm.list_models(f"{split_model_name_tag(name)[0].split('_')[0]}*", pretrained=True)
         hint = f"; with weights: {', '.join(known[:5])}" if known else ""

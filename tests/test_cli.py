@@ -26,6 +26,7 @@ def test_publish_then_predict(run_dir: Path) -> None:
     assert published.stdout.startswith(f"published to {shared_hub().url}/org/cli, commit ")
     assert 'timm.create_model("hf-hub:org/cli@v1", pretrained=True)' in published.stdout
     assert published.stderr == ""
+    shared_hub().add("org/cli", {"config.json": b"{}"})  # what comes after the tag must not matter
     hub = shared_client().cli("predict", run_dir / "photo.png", "--model", "hf-hub:org/cli@v1", "--topk", 2)
     folder = shared_client().cli("predict", run_dir / "photo.png", "--model", f"local-dir:{run_dir}", "--topk", 2)
     assert hub.stdout == folder.stdout != ""

@@ -1,6 +1,5 @@
 import argparse
 import copy
-import errno
 import os
 import pickle
 import runpy
@@ -10,6 +9,7 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 
 from semivim.convert import convert, main
 from semivim.models.vim_weights import WEIGHTS_ENTRY
@@ -127,10 +127,12 @@ def test_every_other_mistake_is_one_line(checkpoint, tmp_path, capsys, models, m
     weights = released_weights(models[0])
     torch.save({**weights, "gamma": torch.ones(1)}, tmp_path / "more.pth")
     torch.save(weights, tmp_path / "bare.pth")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     torch.save({**weights, "head.bias": torch.full((10,), torch.nan)}, tmp_path / "nan.pth")
     before = sorted(tmp_path.iterdir())
     for words, message in (
         (["in.pth", "taken", "--model", "test_vim"], "exists"),
+        (["in.pth", "dangling", "--model", "test_vim"], "exists"),
         (["in.pth", "no/out", "--model", "test_vim"], "to create out in"),
         (["in.pth", "in.pth/out", "--model", "test_vim"], "to create out in"),
         (["in.pth", "out", "--model", "resnet18"], "wanted one of semivim_base"),
@@ -147,8 +149,10 @@ def test_every_other_mistake_is_one_line(checkpoint, tmp_path, capsys, models, m
         assert message in fail([*(tmp_path / word for word in words[:2]), *words[2:]], capsys)
 
     def no_space(model, folder):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "model.safetensors"))
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
+    assert "cannot write /proc/out: " in fail([checkpoint, "/proc/out", "--model", "test_vim"], capsys)
     monkeypatch.setattr("semivim.convert.save_model", no_space)
-    assert "No space left on device" in fail([checkpoint, tmp_path / "out", "--model", "test_vim"], capsys)
+    line = fail([checkpoint, tmp_path / "out", "--model", "test_vim"], capsys)
+    assert f"cannot write {tmp_path / 'out'}: " in line and "No space left on device" in line
     assert sorted(tmp_path.iterdir()) == before

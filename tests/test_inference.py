@@ -125,8 +125,8 @@ def test_topk_out_of_range(model: torch.nn.Module, tmp_path: Path, topk: int) ->
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"interpolation": "sharp"}, "cannot be prepared as its pretrained_cfg says: KeyError: 'sharp'"),
-        ({"mean": []}, "cannot be prepared as its pretrained_cfg says: ZeroDivisionError"),
+        ({"interpolation": "sharp"}, "its pretrained_cfg says nothing to prepare images by: KeyError 'sharp'"),
+        ({"mean": []}, "its pretrained_cfg says nothing to prepare images by: division by zero"),
         ({"num_classes": 0}, "it has 0 classes, wanted a classifier"),
     ],
 )
@@ -147,6 +147,9 @@ def test_label_names_by_number_and_descriptions(photo: Image.Image, tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     labels = {label for label, _ in predict(load_model(f"local-dir:{tmp_path}"), tmp_path / "photo.png")}
     assert labels == {"an ant", *CLASSES[1:]}
+    other = timm.create_model("test_vim", num_classes=3).eval()
+    other.pretrained_cfg["label_names"] = CLASSES  # of other weights
+    assert predict(other, tmp_path / "photo.png", topk=1)[0][0].startswith("class ")
 
 
 def test_checkpoint_with_the_teacher_of_a_training_run(run_dir: Path, tmp_path: Path) -> None:
@@ -162,7 +165,8 @@ def test_checkpoint_with_the_teacher_of_a_training_run(run_dir: Path, tmp_path: 
 def test_a_file_of_weights_alone(run_dir: Path, tmp_path: Path) -> None:
     weights = load_file(run_dir / "model.safetensors")
     torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "weights.pth")
-    for file in (run_dir / "model.safetensors", tmp_path / "weights.pth"):
+    torch.save({"model": weights, "model_ema": None}, tmp_path / "model.pth")
+    for file in (run_dir / "model.safetensors", tmp_path / "weights.pth", tmp_path / "model.pth"):
         loaded = load_model("test_vim", checkpoint=str(file), num_classes=5).state_dict()
         assert all(torch.equal(value, weights[name]) for name, value in loaded.items())
 
@@ -175,9 +179,10 @@ def test_a_file_of_weights_alone(run_dir: Path, tmp_path: Path) -> None:
         ("empty.pth", b"", "not a readable torch file"),
         ("short.pth", b"PK", "not a readable torch file"),
         ("text.pth", b"some text", "not a readable torch file"),
-        ("text.safetensors", b"some text", "header too large"),
+        ("text.safetensors", b"some text", "not a readable safetensors file: .*header too large"),
         ("list.pth", [1, 2], "holds a list"),
         ("int.pth", 7, "holds a int"),
+        ("folder.safetensors", "folder", "Is a directory"),
         ("epoch.pth", {"epoch": 3}, "state dict: wanted tensors by name, got int under 'epoch'"),
         ("model.pth", {"model": 3}, "model: wanted a dict of tensors, got int"),
         ("shape.pth", {"model": {"pos_embed": torch.ones(3)}}, "Error.* in loading state_dict for Vim: Missing key"),
@@ -193,15 +198,25 @@ def test_a_bad_checkpoint_is_one_line(tmp_path: Path, name: str, content: object
         path.mkdir()
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(ValueError, match=f"checkpoint: .*{name} does not load into test_vim: .*{cause}") as caught:
+    with pytest.raises(ValueError, match=f"{name} .*{cause}") as caught:
         load_model("test_vim", checkpoint=str(path))
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_other_classes_is_one_line(run_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not load into test_vim: .*size mismatch for head") as caught:
-        load_model("test_vim", checkpoint=str(run_dir / "model.safetensors"), num_classes=4)
+@pytest.mark.parametrize(("num_classes", "cause"), [(4, "size mismatch for head"), (10**30, "Overflow")])
+def test_a_checkpoint_of_other_classes_is_one_line(run_dir: Path, num_classes: int, cause: str) -> None:
+    with pytest.raises(ValueError, match=f"does not load into test_vim: .*{cause}") as caught:
+        load_model("test_vim", checkpoint=str(run_dir / "model.safetensors"), num_classes=num_classes)
     assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights_are_no_labels(photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    damaged = timm.create_model("test_vim", num_classes=3).eval()
+    with torch.no_grad():
+        damaged.head.bias[1] = torch.nan
+    with pytest.raises(ValueError, match=r"model: its logits of .*photo.png are not finite"):
+        predict(damaged, tmp_path / "photo.png", topk=1)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +225,13 @@ def test_a_checkpoint_of_other_classes_is_one_line(run_dir: Path) -> None:
         ("test_vmi", {"pretrained": True}, "got 'test_vmi'; nearest: .*test_vim"),
         ("test_vim", {}, "needs weights, wanted either pretrained or a checkpoint"),
         ("test_vim", {"pretrained": True}, "no pretrained weights exist for test_vim"),
-        ("hf-hub:alone", {}, r"wanted hf-hub:org/name\[@revision\], got hf-hub:alone"),
+        ("test_vim.nope", {"pretrained": True}, r"test_vim.nope: Invalid pretrained tag \(nope\)"),
+        ("hf-hub:alone", {}, "^hf-hub: wanted org/name, got 'alone'"),
+        ("hf-hub:org/bad name", {}, "^hf-hub: wanted org/name, got 'org/bad name'"),
         ("hf-hub:org/name", {"pretrained": True}, "has its own weights"),
-        ("local-dir:/no/such", {}, "folder /no/such lacks config.json, model.safetensors"),
+        ("local-dir:/no/such", {"num_classes": 3}, "has its own weights"),
+        ("vim_tiny_patch16_224", {"pretrained": True, "num_classes": 3}, "num_classes: 3 goes with a checkpoint"),
+        ("local-dir:/no/such", {}, "local-dir:/no/such lacks config.json, model.safetensors"),
     ],
 )
 def test_model_errors(name: str, options: dict, cause: str) -> None:

@@ -32,8 +32,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any, container: str 
         State dict with our names, the position embedding resampled where the patch grids differ.
 
     Raises:
-        ValueError: If a training state lacks ``container``, this holds anything but named tensors, a name belongs to no
-            parameter of ``model`` (the message names them), or the grid of the position embedding cannot be told.
+        ValueError: If a training state lacks ``container``, this holds anything but named floating-point tensors, a
+            name belongs to no parameter of ``model``, or the grid of the position embedding cannot be told.
     """
     where = "checkpoint"
     if not all(isinstance(value, Tensor) for value in state_dict.values()):
@@ -49,6 +49,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any, container: str 
     unknown = sorted(set(state_dict) - set(model.state_dict()) - _HEAD)
     if unknown:
         raise ValueError(f"checkpoint has {len(unknown)} keys that the model lacks: {', '.join(unknown)}")
+    whole = [name for name, value in state_dict.items() if not value.is_floating_point()]
+    if whole:
+        raise ValueError(f"{whole[0]} is of {state_dict[whole[0]].dtype}, wanted floating point")
     if "pos_embed" in state_dict:
         state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model)
     return state_dict
@@ -74,7 +77,7 @@ def named_tensors(weights: Any, where: str) -> dict[str, Tensor]:
 
 def _fit_pos_embed(pos_embed: Tensor, model: Any) -> Tensor:
     """Resample a checkpoint's position embedding to the model's patch grid."""
-    if pos_embed.ndim != 3:
+    if pos_embed.ndim != 3 or pos_embed.shape[1] < 2:
         raise ValueError(f"pos_embed has shape {tuple(pos_embed.shape)}, wanted (1, patches + 1, {model.embed_dim})")
     grid, num_patches = model.patch_embed.grid_size, pos_embed.shape[1] - 1
     source_size = getattr(model, "pretrained_model_args", {}).get("img_size")

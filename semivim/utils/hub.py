@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
+from semivim.utils.checkpoint import one_line
 from semivim.utils.hub_session import HubError, fetch, hub_session, sha256
 from semivim.utils.model_card import (
     RUN_FILES,
@@ -77,7 +78,7 @@ def publish(
     with TemporaryDirectory(prefix="semivim-publish-") as stage_dir:
         stage = Path(stage_dir)
         card = _stage(run, stage, repo_id, tag or "", license_id)
-        images, logits = _reference_logits(stage)
+        images, logits = _reference_logits(stage, f"run_dir: {run.folder}")
         files = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
         api = HfApi(library_name="semivim", library_version=version("semivim"))
         url = f"{api.endpoint}/{repo_id}"
@@ -96,16 +97,31 @@ def publish(
     return Publication(url, commit, files, card)
 
 
-def _check_names(repo_id: str, tag: str | None, license_id: str | None) -> None:
+def check_repo_id(repo_id: str, argument: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Args:
+        repo_id: Should be ``org/name``.
+        argument: Its name in the error.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id: wanted org/name, got {repo_id!r}: {error}") from error
+        raise ValueError(f"{argument}: wanted org/name, got {repo_id!r}: {one_line(error)}") from error
     if "/" not in repo_id:
-        raise ValueError(f"repo_id: wanted org/name, got {repo_id!r}")
-    # less than git allows: a tag stands in an address and in hf-hub:org/name@tag
-    if tag is not None and not re.fullmatch(r"\w+([.-]\w+)*", tag, re.ASCII):
-        raise ValueError(f"tag: wanted letters, digits and '_', with single '.' or '-' between, got {tag!r}")
+        raise ValueError(f"{argument}: wanted org/name, got {repo_id!r}")
+
+
+def _check_names(repo_id: str, tag: str | None, license_id: str | None) -> None:
+    check_repo_id(repo_id, "repo_id")
+    # less than git allows: a tag stands in an address and in hf-hub:org/name@tag, where main is the branch
+    if tag is not None and not re.fullmatch(r"(?!main$)\w+([.-](?!lock$)\w+)*", tag, re.ASCII):
+        raise ValueError(
+            f"tag: wanted letters, digits and '_', with single '.' or '-' between, no main, no .lock; got {tag!r}"
+        )
     if license_id is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license_id):
         raise ValueError(f"license: wanted an identifier of the Hub's like apache-2.0, got {license_id!r}")
 
@@ -124,14 +140,14 @@ def _stage(run: Run, stage: Path, repo_id: str, revision: str, license_id: str |
     return card
 
 
-def _reference_logits(stage: Path) -> tuple[Tensor, Tensor]:
+def _reference_logits(stage: Path, where: str) -> tuple[Tensor, Tensor]:
     """Two fixed random images and the logits that the staged weights give them."""
-    model = load_folder(stage, "run_dir")
+    model = load_folder(stage, where)
     size = timm.data.resolve_input_data_config(model)["input_size"]
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     logits = _logits(model, images)
     if not logits.isfinite().all():
-        raise ValueError("run_dir: the weights give logits that are not finite")
+        raise ValueError(f"{where}: the weights give logits that are not finite")
     return images, logits
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from semivim.utils.model_folder import one_line, read_config, read_mapping, short
+from semivim.utils.checkpoint import one_line
+from semivim.utils.model_folder import read_config, read_mapping, short
 
 RUN_FILES = ("model.safetensors", "config.json", "args.yaml", "metrics.json", "summary.csv", "curves.png")
 # where a run was written or resumed from is no part of how to repeat it
@@ -112,7 +113,6 @@ def read_run(folder: Path) -> Run:
 
 def _check_metrics(metrics: dict[str, Any], num_classes: int, where: str) -> None:
     """Refuse metrics.json if it lacks what the card shows, or counts other classes than the model."""
-    lists = []
     for role, keys in _NEEDED.items():
         entry = metrics.get(role)
         if not isinstance(entry, dict):
@@ -120,10 +120,18 @@ def _check_metrics(metrics: dict[str, Any], num_classes: int, where: str) -> Non
         absent = [key for key in keys if key not in entry]
         if absent:
             raise ValueError(f"{where}: metrics.json: {role} lacks {', '.join(absent)}")
-        lists += [(f"{role}.{key}", entry[key]) for key in ("labels_per_class", "per_class_recall") if key in entry]
-    for name, values in lists:
-        if not isinstance(values, list) or len(values) != num_classes:
-            raise ValueError(f"{where}: metrics.json: wanted a list of {num_classes} numbers, one a class, as {name}")
+        for key in ("labels_per_class", "per_class_recall"):
+            values = entry.get(key, [None] * num_classes)
+            if not (isinstance(values, list) and len(values) == num_classes and all(map(_is_number, values))):
+                wanted = f"a list of {num_classes} numbers, one a class, as {role}.{key}"
+                raise ValueError(f"{where}: metrics.json: wanted {wanted}, got {short(values)}")
+        for key in _METRICS:
+            if not _is_number(entry.get(key)):
+                raise ValueError(f"{where}: metrics.json: wanted a number as {role}.{key}, got {short(entry[key])}")
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def public_args(args: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -10,6 +10,8 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
+from semivim.utils.checkpoint import UNREADABLE, one_line
+
 MODEL_FILES = ("config.json", "model.safetensors")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "architecture": str,
@@ -19,11 +21,6 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "model_args": dict,
     "pretrained_cfg": dict,
 }
-# what timm raises where a config holds odd values, found by feeding it such, beside what loading weights raises
-_MISFITS = (
-    RuntimeError, OSError, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError,
-    SafetensorError,
-)  # fmt: skip
 
 
 def load_folder(folder: Path, where: str) -> nn.Module:
@@ -44,7 +41,7 @@ def load_folder(folder: Path, where: str) -> nn.Module:
         raise ValueError(f"{where}: config.json: architecture {architecture!r} is unknown to timm")
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except _MISFITS as error:
+    except (*UNREADABLE, SafetensorError) as error:
         raise ValueError(f"{where}: the weights do not load: {one_line(error)}") from error
     # where these differ, timm draws the classifier at random
     if (saved := model.pretrained_cfg["num_classes"]) != model.num_classes:
@@ -89,13 +86,6 @@ def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[st
     if not isinstance(value, dict):
         raise ValueError(f"{where}: {path.name}: wanted a mapping, got {type(value).__name__}")
     return value
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line of at most 300 characters, or its type where it says nothing."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def short(value: Any) -> str:

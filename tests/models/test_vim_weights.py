@@ -62,6 +62,8 @@ def test_a_missing_container_is_named(model):
         ({"model": [torch.ones(1)]}, "model: wanted a dict of tensors, got list"),
         ({"model": {"norm.weight": torch.ones(16), "pos_embed": "x"}}, "model: wanted .* got str under 'pos_embed'"),
         ({1: torch.ones(1)}, "checkpoint: wanted tensors by name, got Tensor under 1"),
+        ({"norm.weight": torch.ones(16, dtype=torch.int8)}, "norm.weight is of torch.int8, wanted floating point"),
+        ({"pos_embed": torch.ones(1, 1, 16)}, r"pos_embed has shape \(1, 1, 16\), wanted \(1, patches \+ 1, 16\)"),
         ({"pos_embed": torch.ones(17)}, r"pos_embed has shape \(17,\), wanted \(1, patches \+ 1, 16\)"),
     ],
 )

@@ -165,7 +165,7 @@ def test_bad_run_folder(tmp_path: Path, repo: str) -> None:
     assert "lacks model.safetensors, config.json" in _publish(tmp_path, repo).line
     run = write_run(tmp_path)
     (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:5000])
-    assert "run_dir: the weights do not load" in _publish(run, repo).line
+    assert f"run_dir: {run}: the weights do not load" in _publish(run, repo).line
     write_run(run)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "architecture": "no_such_model"}))
@@ -180,6 +180,25 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, repo: str) -> N
     assert "not finite" in _publish(run, repo).line
 
 
-@pytest.mark.parametrize("name", ["alone", "a/b/c", "org/bad name"])
+@pytest.mark.parametrize("name", ["alone", "a/b/c", "org/bad name", "org/two\nlines"])
 def test_bad_repository_name(run_dir: Path, name: str) -> None:
-    assert "ValueError: repo_id: wanted org/name" in _publish(run_dir, name).error
+    assert _publish(run_dir, name, dry_run=True).line.startswith("ValueError: repo_id: wanted org/name, got ")
+
+
+@pytest.mark.parametrize("tag", ["", "bad tag~", "v1/2", "a..b", "-v", "v1.", "é", "v1\n", "v.lock", "main"])
+def test_bad_tag(repo: str, run_dir: Path, tag: str) -> None:
+    assert _publish(run_dir, repo, tag=tag, dry_run=True).line.startswith("ValueError: tag: wanted letters")
+
+
+def test_bad_license(repo: str, run_dir: Path) -> None:
+    for license_id in ("", "MIT", "gpl 3", "mit\n"):
+        answer = _publish(run_dir, repo, license_id=license_id, dry_run=True)
+        assert answer.line.startswith("ValueError: license: wanted an identifier")
+
+
+def test_license_is_published_in_card_and_config(hub: HubServer, repo: str, run_dir: Path) -> None:
+    assert _publish(run_dir, repo, tag="v1.0-rc1", license_id="cc-by-4.0").result
+    stored = hub.repos[repo]
+    files = stored.commits[stored.branches["main"]]
+    assert b"license: cc-by-4.0" in files["README.md"]
+    assert json.loads(files["config.json"])["pretrained_cfg"]["license"] == "cc-by-4.0"

@@ -114,6 +114,8 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
         ("metrics.json", {"best": {}}, "metrics.json: best lacks epoch"),
         ("metrics.json", {"split": {"sha256": ""}}, "split lacks num_labelled, num_unlabelled, labels_per_class"),
         ("metrics.json", {"student": {"per_class_recall": [1.0]}}, "wanted a list of 5 .* student.per_class_recall"),
+        ("metrics.json", {"best": {"epoch": 1, "top1": [1]}}, r"wanted a number as best.top1, got \[1\]"),
+        ("metrics.json", {"teacher": {"per_class_recall": ["a"] * 5}}, "wanted a list of 5 numbers"),
         ("args.yaml", "a: [", "args.yaml: while parsing"),
         ("config.json", "{}", "lacks architecture"),
         ("config.json", '{"architecture": "test_vim"}', "lacks num_classes"),
@@ -121,7 +123,7 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
         (
             "config.json",
             {"num_classes": 4, "label_names": list("abcd")},
-            "a list of 4 numbers, one a class, as student",
+            "a list of 4 numbers, one a class, as student.per_class_recall, got",
         ),
         ("summary.csv", b"\xff\xfe", "summary.csv: 'utf-8' codec"),
         ("summary.csv", "epoch\n" + "9" * 200_000, "summary.csv: field larger"),
