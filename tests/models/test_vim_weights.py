@@ -45,8 +45,8 @@ def test_a_headless_checkpoint_is_accepted(model):
 
 
 def test_unknown_keys_are_named(model):
-    state = {**released_weights(model), "layers.0.mixer.gamma": torch.ones(16), "rope.freqs_cos": torch.ones(4)}
-    with pytest.raises(ValueError, match=r"2 keys .*: blocks\.0\.mixer\.gamma, rope\.freqs_cos"):
+    state = {**released_weights(model), "layers.0.mixer.gamma": torch.ones(16), "rope.layers.cos": torch.ones(4)}
+    with pytest.raises(ValueError, match=r"2 keys .*: blocks\.0\.mixer\.gamma, rope\.layers\.cos"):
         checkpoint_filter_fn(state, model)
 
 
