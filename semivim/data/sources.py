@@ -342,9 +342,8 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         return ImageSource(read, labels, names=names, root=data_dir)
     if (not kind or dataset.lower() in ("torch/folder", "torch/image_folder")) and os.path.isdir(data_dir or ""):
         data_dir = _split_folder(data_dir or "", split)
-    name = "" if dataset == "folder" else dataset
     try:
-        opened = create_dataset(name, root=data_dir, split=split, search_split=False, **options)
+        opened = create_dataset(dataset, root=data_dir, split=split, search_split=False, **options)
         reader: Any = opened.reader if isinstance(opened, ImageDataset) else None
         targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else []  # Hugging Face
     except _OPENING_ERRORS as error:

@@ -67,6 +67,10 @@ def test_more_classes_than_the_data_set_has():
     assert split.labels_per_class.tolist() == [4, 4, 0]
     with pytest.raises(ValueError, match="1 of 3 classes have no labelled image: 2; min_per_class=0 accepts"):
         make_split(balanced(10, 2), 3, per_class=4)
+    with pytest.raises(
+        ValueError, match="11 of 12 classes have no labelled image: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...;"
+    ):
+        make_split(balanced(10, 1), 12, per_class=4)
 
 
 def test_the_smallest_classes_can_be_labelled():

@@ -60,7 +60,7 @@ def test_index_counts_in_torchvisions_order(source, data_dir, write_list):
 
 
 def test_index_may_be_one_of_several_columns(source, write_list):
-    path = write_list("label,Index", "0,0", "1,3", name="list.csv")
+    path = write_list("label, Index ", "0, 0 ", "1,3", name="list.csv")
     assert listed_names(source, path) == ["n00/n00_1.png", "n01/n01_1.png"]
 
 
@@ -80,7 +80,7 @@ def test_names_with_spaces(write_images, write_list):
 
 
 def test_windows_line_ends_and_byte_order_mark(source, tmp_path):
-    (tmp_path / "list.txt").write_bytes("\ufeffn01_10.png 1\r\n\r\nn00_2.png 0\r\n".encode())
+    (tmp_path / "list.txt").write_bytes("\ufeffn01_10.png 1 \r\n\r\nn00_2.png 0\r\n".encode())
     assert listed_names(source, str(tmp_path / "list.txt")) == ["n01/n01_10.png", "n00/n00_2.png"]
 
 
@@ -120,6 +120,7 @@ def test_list_that_is_no_text(source, tmp_path):
         (["n00/n00_1.png 0", "n01/n01_1.png 1", "n00_1.png"], "line 3: .*n00_1.png is listed before, in line 1"),
         (["Index", "9"], "line 2: index '9' is out of range for 9 images"),
         (["Index", "0", "-1"], "line 3: index '-1' is out of range"),
+        (["label,Index", "0"], "line 2: index '' is out of range"),
         (["Index", "1.5"], "line 2: index '1.5' is out of range"),
         (["Index", "4", "4"], "line 3: .* is listed before, in line 2"),
         (["Index"], "names no image"),
@@ -141,6 +142,8 @@ def test_ambiguous_file_name(write_images, write_list):
     with pytest.raises(ValueError, match="'1.png' is the name of several images"):
         read_list(write_list("1.png"), source, 2)
     assert listed_names(source, write_list("b/1.png")) == ["b/1.png"]
+    source = open_source("", str(write_images(["1.png", "a/1.png"])), ".")
+    assert listed_names(source, write_list("1.png")) == ["1.png"]
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -186,6 +189,7 @@ def test_a_list_may_be_all_that_is_known_of_the_labels(write_images, write_list)
     source = open_unlabelled_folder(str(write_images([f"{i}.png" for i in range(4)])))
     split = split_from_lists(source, 2, write_list("0.png 1", "2.png 0"))
     assert split.labels.tolist() == [1, -1, 0, -1]
+    assert source.labels.tolist() == [-1] * 4
     assert np.array_equal(split.unlabelled, [1, 3])
     with pytest.raises(ValueError, match="labelled image 1 has no known label"):
         split_from_lists(source, 2, write_list("0.png 1", "1.png", "2.png 0"))

@@ -11,7 +11,7 @@ from timm.data import create_transform
 
 from semivim.data.label_split import complete_split, make_split
 from semivim.data.sources import ImageSource, UnreadableImageError, open_source
-from semivim.data.two_views import EndlessOrder, SslLoader, StepBatches, View, Views, create_eval_loader
+from semivim.data.two_views import EndlessOrder, SslLoader, StepBatches, View, Views, _mix_seed, create_eval_loader
 
 GREY = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
 RANDAUGMENT = "rand-m9-mstd0.5-inc1"
@@ -172,6 +172,20 @@ def test_ranks_share_every_epoch_without_overlap(world_size):
         assert len(epochs) > 2
         assert all(sorted(epoch) == list(members) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs), "an epoch repeats the order of another"
+
+
+def test_labelled_and_unlabelled_images_come_in_orders_and_views_of_their_own():
+    source, split = numbered(num_labelled=30, num_unlabelled=0)
+    split = complete_split(source.labels, 2, split.labelled, include_labelled=True)
+    batch = StepBatches(source, split, PLAIN, 30, 30)[0]
+    assert shown(batch.labelled.image) != shown(batch.unlabelled.weak)
+    assert sorted(shown(batch.labelled.image)) == sorted(shown(batch.unlabelled.weak))
+
+
+def test_seeds_are_mixed_by_splitmix64():
+    assert _mix_seed(0) == 0xE220A8397B1DCDAF >> 2  # first output of the generator seeded with 0
+    parts = [(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
+    assert len({_mix_seed(*part) for part in parts}) == 125
 
 
 def test_order_depends_on_seed_and_stream():
