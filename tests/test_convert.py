@@ -54,7 +54,8 @@ def test_a_published_file_becomes_a_timm_folder(checkpoint, tmp_path, models, en
 def test_headless_weights_give_a_model_without_a_head(tmp_path, models):
     path = tmp_path / "in.pth"
     torch.save({k: v for k, v in released_weights(models[0]).items() if "head" not in k}, path)
-    assert convert(path, "test_vim", tmp_path / "out").num_classes == 0
+    converted = convert(path, "test_vim", tmp_path / "out")
+    assert converted.num_classes == 0 and not converted.training
 
 
 def test_the_base_model_takes_the_average(monkeypatch, checkpoint, tmp_path, models):

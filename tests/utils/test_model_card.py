@@ -71,6 +71,7 @@ def test_no_path_of_the_machine(card: str, run_dir: Path) -> None:
         "dataset": "hfds//home/me/set",
         "model_kwargs": {"depth": 2, "pretrained_cfg_overlay": {"file": "/home/me/w.pth"}},
         "class_map": "names.txt",
+        "places": [1, "/home/me/x"],
     }
     public = {"lr": 0.1, "dataset2": "torch/cifar10", "z": "hf-hub:org/name@v1", "scale": [0.1, 1.0], "bce": None}
     args, local = public_args({**places, **public, "output": "/o", "resume": ""})

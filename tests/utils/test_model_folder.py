@@ -41,6 +41,7 @@ def test_the_model_has_the_folders_weights_in_eval_mode(folder: Path) -> None:
         ("config.json", {"label_descriptions": ["x"] * 99}, "..., wanted dict"),
         ("config.json", {"pretrained_cfg": None}, "pretrained_cfg is None, wanted dict"),
         ("config.json", {"model_args": {"num_classes": 4}}, "num_classes is 5, but 4 in model_args"),
+        ("config.json", {"model_args": [1]}, r"config.json: model_args is \[1\], wanted dict"),
         ("config.json", {"model_args": {"colour": 1}}, "the weights do not load: .*'colour'"),
         ("config.json", {"model_args": {"depth": "x"}}, "the weights do not load: "),
         ("config.json", {"architecture": "vim_tiny_patch16_224"}, "the weights do not load: Error"),
