@@ -105,8 +105,7 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
         raise ValueError("model: it has 0 classes, wanted a classifier")
     if not 1 <= topk <= len(names):
         raise ValueError(f"topk: wanted 1 to {len(names)}, got {topk}")
-    source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)])
-    images = EvaluationImages(source, _evaluation_view(model), np.arange(1)).__getitems__([0]).image
+    images = _evaluation_view(model, ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)]))
     with torch.inference_mode():
         logits = model(images)[0].float()
     if not logits.isfinite().all():
@@ -115,13 +114,16 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
     return [(names[i], c) for i, c in zip(index.tolist(), confidence.tolist(), strict=True)]
 
 
-def _evaluation_view(model: nn.Module) -> View:
+def _evaluation_view(model: nn.Module, source: ImageSource) -> Tensor:
+    """The first image as the model's evaluation sees it, ``(1, c, h, w)``."""
+    image = source.image(0)
+    decoded = ImageSource(lambda _: image, [-1])
     try:
         view = View(**resolve_input_data_config(model), is_training=False)
-        view([Image.new(view.mode, (8, 8))], [0])
+        return EvaluationImages(decoded, view, np.arange(1)).__getitems__([0]).image
     except UNREADABLE as error:
-        raise ValueError(f"model: its pretrained_cfg says nothing to prepare images by: {one_line(error)}") from error
-    return view
+        name = source.describe(0)
+        raise ValueError(f"model: its pretrained_cfg cannot prepare {name}: {one_line(error)}") from error
 
 
 def _open_image(path: str | Path) -> Image.Image:
