@@ -14,10 +14,9 @@ import argparse
 import importlib
 import json
 import logging
-import re
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,13 @@ import yaml
 from timm.data import Mixup, resolve_input_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import (
     NativeScaler,
     init_distributed_device,
     is_primary,
     random_seed,
     setup_default_logging,
-    trim_summary,
-    update_summary,
 )
 
 import semivim  # noqa: F401  registers the models
@@ -61,12 +59,28 @@ from semivim.data import (
 )
 from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_flags import add_semi_supervised_flags, check_semi_supervised_flags
-from semivim.task.train_step import accumulate, summarise, train_step
+from semivim.task.train_step import mean_lr, sum_over_ranks, summarise, train_step, update_seed
 from semivim.utils import train_flags
-from semivim.utils.checkpoint import AtomicCheckpointSaver, load_training_checkpoint, save_model, write_text
+from semivim.utils.checkpoint import (
+    UNREADABLE,
+    AtomicCheckpointSaver,
+    load_training_checkpoint,
+    one_line,
+    save_best,
+    write_text,
+)
 from semivim.utils.metrics import evaluate
 from semivim.utils.parser import Parser
-from semivim.utils.report import RunLog, results_table, save_curves
+from semivim.utils.report import RunLog, write_report
+from semivim.utils.resume import (
+    check_unchanged,
+    find_checkpoint,
+    own_folder,
+    refuse_other_run,
+    restore,
+    run_folder,
+    schedule_state,
+)
 
 try:
     import wandb
@@ -75,6 +89,7 @@ except ImportError:
 
 _logger = logging.getLogger("train")
 
+MODEL_FLAGS = ("model", "model_kwargs", "initial_checkpoint", "pretrained_path")  # that an error of the model names
 MAX_SKIPPED_STEPS = 20  # in a row, before a run that only meets non-finite gradients is stopped
 
 # What `python train_ssl.py` runs: every value can be overridden on the command line.
@@ -111,10 +126,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = train_flags.parse_flags(parser, argv)
     if not (args.dataset or args.data_dir):
+        against = {  # demo values that make way for what is given
+            "labels_per_class": args.label_fraction or args.imb_n1 or args.labeled_list,
+            "pseudo_mixup": args.ssl_method == "supervised",
+            "lr": args.lr_base != parser.get_default("lr_base"),
+            "sched_on_updates": args.sched == "plateau",
+        }
         parser = build_parser()
-        args = train_flags.parse_flags(parser, argv, DEMO)
-    if args.dataset == DEMO["dataset"] and args.ssl_method == "supervised":
-        args.pseudo_mixup = "none"  # the demo's value would otherwise have to be switched off by hand
+        args = train_flags.parse_flags(parser, argv, {key: DEMO[key] for key in DEMO if not against.get(key)})
     train_flags.check_train_flags(parser, args)
     check_semi_supervised_flags(parser, args)
     if args.log_wandb and wandb is None:
@@ -122,28 +141,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume == "auto" and not args.experiment:
         parser.error("--resume auto: needs --experiment to know which run to look for")
     return args
-
-
-def run_folder(args: argparse.Namespace) -> Path:
-    """Folder of the run: OUTPUT/EXPERIMENT, or the folder of the checkpoint that is resumed without --experiment."""
-    if args.resume not in ("", "auto") and not args.experiment:
-        return Path(args.resume).parent
-    model = re.sub(r"[^\w.]+", "-", args.model)  # hf-hub:org/name is no folder name
-    name = args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{args.ssl_method}"
-    return Path(args.output or "output/train") / name
-
-
-def read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    """Checkpoint to resume, None to start afresh; ``--resume auto`` takes the newest of the run folder."""
-    path = (
-        AtomicCheckpointSaver(None, None, checkpoint_dir=str(folder)).find_recovery()
-        if args.resume == "auto"
-        else args.resume
-    )
-    if not path:
-        return None
-    _logger.info(f"resuming {path}")
-    return load_training_checkpoint(path)
 
 
 def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[ImageSource, ImageSource, LabelSplit]:
@@ -208,11 +205,26 @@ def create_student(args: argparse.Namespace, num_classes: int) -> torch.nn.Modul
             drop_path_rate=args.drop_path,
             **kwargs,
         )
-    except (RuntimeError, TypeError) as error:  # an unknown name, or an option that the model does not have
-        raise ValueError(f"--model {args.model}: {error}") from error
+    except UNREADABLE as error:  # an unknown name or option, weights that are missing, damaged or another model's
+        given = [f"--{k.replace('_', '-')} {v}" for k in MODEL_FLAGS if (v := getattr(args, k))]
+        raise ValueError(f"{' '.join(given)}: {one_line(error)}") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model
+
+
+def create_optimizer(
+    args: argparse.Namespace, model: torch.nn.Module, epoch_updates: int
+) -> tuple[torch.optim.Optimizer, Scheduler, int]:
+    """Optimizer, schedule of its learning rate, and the epochs of that schedule."""
+    try:
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+        scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=epoch_updates)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"--opt {args.opt}, --opt-kwargs, --sched {args.sched}: {one_line(error)}") from error
+    if args.start_epoch is not None and args.start_epoch >= epochs:
+        raise ValueError(f"--start-epoch is {args.start_epoch}, wanted less than the {epochs} epochs of the schedule")
+    return optimizer, scheduler, epochs
 
 
 def create_views(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Views, View]:
@@ -264,27 +276,36 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train; gives back what metrics.json holds."""
     args = parse_args(argv)
     try:
-        return train(args)
+        with ExitStack() as stack:
+            return train(args, stack)
     except (ValueError, UnreadableImageError) as error:  # what a user can mend: one line, no traceback
         sys.exit(f"train_ssl.py: error: {error}")
 
 
-def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Set up data, student, teacher and optimizer, train, evaluate and report."""
-    folder = run_folder(args)
+def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    """Set up data, student, teacher and optimizer, train, evaluate and report; ``stack`` ends with the run."""
+    folder = run_folder(args.output, args.experiment, args.resume, args.model, args.ssl_method)
     config = {k: v for k, v in vars(args).items() if k != "resume"}
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = init_distributed_device(args)
-    random_seed(args.seed)  # alike on all ranks, which start from one student and one teacher
     for module in args.device_modules or []:
         importlib.import_module(module)
-    checkpoint = read_checkpoint(args, folder)
-    if not checkpoint and (folder / "last.pth.tar").exists():
-        raise ValueError(f"{folder} holds a run already: add --resume auto to go on, or name another --experiment")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = init_distributed_device(args)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {args.device}: {one_line(error)}") from error
+    random_seed(args.seed)  # alike on all ranks, which start from one student and one teacher
+
+    # Checkpoint to resume
+    path = find_checkpoint(args.resume, folder)
+    continues = path is not None and path.parent.resolve() == folder.resolve()
+    if not continues:
+        refuse_other_run(folder)
+    checkpoint = load_training_checkpoint(path) if path else None
+    if checkpoint:
+        _logger.info(f"resuming {path}")
 
     # Data
-    split_folder = folder if args.resume == "auto" else Path(args.resume).parent
-    source, val_source, split = open_data(args, split_folder if checkpoint else None)
+    source, val_source, split = open_data(args, path.parent if path else None)
     num_classes = split.num_classes
     class_names = source.class_names
     used = split.labels[np.union1d(split.labelled, split.unlabelled)]
@@ -307,11 +328,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     # Optimizer, schedule; an epoch is one pass over the unlabelled images, whatever the method
     accum = args.grad_accum_steps
-    unlabelled_step = args.unlabeled_ratio * args.batch_size * args.world_size * accum
-    epoch_updates = args.train_batches_per_epoch or max(1, len(split.unlabelled) // unlabelled_step)
-    args.lr = train_flags.scaled_lr(args, args.batch_size * accum * args.world_size)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
-    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=epoch_updates)
+    per_update = args.batch_size * accum * args.world_size
+    num_unlabelled = len(split.unlabelled)
+    one_pass = num_unlabelled // args.unlabeled_ratio if num_unlabelled else len(split.labelled)  # in labelled images
+    epoch_updates = args.train_batches_per_epoch or max(1, one_pass // per_update)
+    sizes = {"labelled_per_update": per_update, "updates_per_epoch": epoch_updates}
+    if checkpoint:
+        check_unchanged(vars(checkpoint["args"]), config | sizes, keep_optimizer=not args.no_resume_opt)
+    args.lr = train_flags.scaled_lr(args, per_update)
+    optimizer, scheduler, epochs = create_optimizer(args, model, epoch_updates)
     amp_dtype = getattr(torch, args.amp_dtype)
     if args.amp and device.type == "cpu" and amp_dtype is torch.float16:
         raise ValueError("--amp-dtype float16 needs a GPU, whose gradients are scaled: give --amp-dtype bfloat16")
@@ -346,17 +371,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     # Resume
     if checkpoint:
-        try:
-            task.load_checkpoint_state(checkpoint["state_dict"], checkpoint.get("task_state"))
-            task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
-            if not args.no_resume_opt:
-                optimizer.load_state_dict(checkpoint["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"--resume {args.resume}: not a checkpoint of this run ({args.model}): {error}") from error
-        if scaler is not None and "amp_scaler" in checkpoint and not args.no_resume_opt:
-            scaler.load_state_dict(checkpoint["amp_scaler"])
+        restore(checkpoint, path, task, None if args.no_resume_opt else optimizer, scheduler, scaler)
     if args.start_epoch is not None:
-        task.num_updates = args.start_epoch * epoch_updates
+        task.num_epochs, task.num_updates = args.start_epoch, args.start_epoch * epoch_updates
+        task.interval_sums, task.epoch_sums = {}, {}
     task.trainable_module_ema.attach(optimizer, model)
     if args.torchcompile:
         task.compile(args.torchcompile, args.torchcompile_mode)
@@ -364,102 +382,98 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
 
     # Output
-    saver, log = None, RunLog(None, 0)
+    saver, log = None, RunLog(None, 0, task.num_updates)
     total_updates = epochs * epoch_updates
-    summary = folder / "summary.csv"
-    start_epoch = task.num_updates // epoch_updates
     if is_primary(args):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not checkpoint:
-            save_split(split, folder, source.names)
+        stack.enter_context(own_folder(folder))
+        save_split(split, folder, source.names)
         write_text(folder / "args.yaml", yaml.safe_dump(config, sort_keys=False))
         saver = AtomicCheckpointSaver(
             model,
             optimizer,
-            args=argparse.Namespace(**config),
+            args=argparse.Namespace(**config | sizes),
             amp_scaler=scaler,
             checkpoint_dir=str(folder),
             recovery_dir=str(folder),
             max_history=args.checkpoint_hist,
             task=task,
         )
-        if checkpoint and "saver" in checkpoint:
+        if checkpoint and continues:
             saver.load_state_dict(checkpoint["saver"])
         if args.log_wandb:
             wandb.init(project=args.wandb_project, name=folder.name, config=config)
-        trim_summary(summary, start_epoch)
-        log = RunLog(folder, total_updates, task.num_updates)
+        log = RunLog(folder, total_updates, task.num_updates, task.num_epochs)
+        loader.unreadable.update(task.unreadable)  # rank 0 keeps the earlier counts of all
         log.say(f"{folder}: {args.model}, {args.ssl_method}, pseudo-mixup {args.pseudo_mixup}, {device}")
         log.say(split.report())
 
-    scheduler.step_update(task.num_updates) if args.sched_on_updates else scheduler.step(start_epoch)
+    if args.sched_on_updates:
+        scheduler.step_update(task.num_updates)
+    elif task.num_epochs:  # plateau would take epoch 0 for warm-up
+        scheduler.step(task.num_epochs)
     steps = loader.steps(task.num_updates * accum)
-    sums: dict[str, torch.Tensor] = {}
-    num_skipped = 0
+    measure = partial(
+        evaluate, loader=eval_loader, num_classes=num_classes, device=device, autocast=autocast, train_counts=counts
+    )
+    skipped_in_a_row = 0
     student: dict[str, Any] = {}
     teacher: dict[str, Any] = {}
-    for epoch in range(start_epoch, epochs):
+    for epoch in range(task.num_epochs, epochs):
         task.train()
-        epoch_sums: dict[str, torch.Tensor] = {}
         if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             mixup.mixup_enabled = False
         while task.num_updates < (epoch + 1) * epoch_updates:
             images = [next(steps) for _ in range(accum)]
             # All randomness of an update comes from its number, so a resumed run draws what the unbroken one would.
-            random_seed((args.seed * 1_000_003 + task.num_updates) % 2**31, args.rank)
-            step_sums, taken = train_step(task, images, optimizer, autocast, scaler, mixup, clip, device)
-            num_skipped = 0 if taken else num_skipped + 1
-            if num_skipped > MAX_SKIPPED_STEPS:
+            random_seed(update_seed(args.seed, task.num_updates, args.rank))
+            taken = train_step(task, images, optimizer, autocast, scaler, mixup, clip, device)
+            skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
+            if skipped_in_a_row > MAX_SKIPPED_STEPS:
                 raise ValueError(
-                    f"gradients were not finite in {num_skipped} steps in a row at update {task.num_updates}: "
+                    f"gradients were not finite in {skipped_in_a_row} steps in a row at update {task.num_updates}: "
                     f"lower --lr, set --clip-grad, or turn --amp off; resume from {folder / 'last.pth.tar'}"
                 )
             task.num_updates += 1
             task.update_ema(step=task.num_updates)
-            optimizer.zero_grad()
             if args.sched_on_updates:
                 scheduler.step_update(task.num_updates)
-            accumulate(sums, step_sums)
-            accumulate(epoch_sums, step_sums)
-            log.step((1 + ratio) * args.batch_size * accum * args.world_size)
+            log.step((1 + ratio) * per_update)
             if task.num_updates % args.log_interval == 0:
-                log.record({"lr": optimizer.param_groups[0]["lr"], **summarise(sums, task), "skipped": num_skipped})
-                sums = {}
-            if saver and args.recovery_interval and task.num_updates % args.recovery_interval == 0:
-                saver.save_recovery(epoch, task.num_updates)
+                log.record({"lr": mean_lr(optimizer), **summarise(task.interval_sums, task)})
+                task.interval_sums = {}
+            if args.recovery_interval and task.num_updates % args.recovery_interval == 0:
+                task.unreadable = sum_over_ranks(loader.unreadable)
+                if saver:
+                    saver.save_recovery(epoch, task.num_updates)
 
+        task.unreadable = sum_over_ranks(loader.unreadable)
         metric = None
-        row = {"student_top1": None, "top1": None, "top5": None, "balanced_acc": None, "worst_class_recall": None}
+        student, teacher = {}, {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             if saver:
-                saver.save_recovery(epoch, task.num_updates)  # an unreadable validation image must not cost the epoch
-            student = evaluate(task.get_eval_model(), eval_loader, num_classes, device, autocast, counts)
-            teacher = evaluate(task.get_eval_model(ema=True), eval_loader, num_classes, device, autocast, counts)
+                saver.save_recovery(epoch, task.num_updates)  # a kill while evaluating must not cost the epoch
+            student, teacher = measure(task.get_eval_model()), measure(task.get_eval_model(ema=True))
             metric = teacher[args.eval_metric]
-            row = {name: teacher.get(name, student["top1"]) for name in row}
-            log.record({"student_top1": student["top1"], "teacher_top1": teacher["top1"]})
+        means = summarise(task.epoch_sums, task)
         scheduler.step(epoch + 1, metric)
+        task.num_epochs, task.epoch_sums, task.schedule = epoch + 1, {}, schedule_state(scheduler)
         if saver:
-            means = summarise(epoch_sums, task)
-            columns = {name: means.get(name) for name in ("loss_labelled", "loss_unlabelled", "kept_share", "alpha")}
-            lr = optimizer.param_groups[0]["lr"]
-            update_summary(epoch, columns, row, summary, lr=lr, log_wandb=args.log_wandb)
+            log.epoch(epoch, means, student, teacher, mean_lr(optimizer), args.log_wandb)
             # The model first: killed in between, the epoch is done again and finds the same best.
             if metric is not None and (saver.best_metric is None or metric > saver.best_metric):
-                save_model(task.trainable_module_ema.module, folder, class_names, data_config)
-                write_text(folder / "best.json", json.dumps({"epoch": epoch, **teacher}))
+                best = {"epoch": epoch, **teacher}
+                save_best(task.trainable_module_ema.module, folder, class_names, data_config, best)
             saver.save_checkpoint(epoch, metric)
     log.close()
     if not teacher:  # resumed at its end
-        student = evaluate(task.get_eval_model(), eval_loader, num_classes, device, autocast, counts)
-        teacher = evaluate(task.get_eval_model(ema=True), eval_loader, num_classes, device, autocast, counts)
+        student, teacher = measure(task.get_eval_model()), measure(task.get_eval_model(ema=True))
 
     # Report
     best = {}
     if saver:
         if not (folder / "best.json").exists():  # no epoch of this run was evaluated before
-            save_model(task.trainable_module_ema.module, folder, class_names, data_config)
-            write_text(folder / "best.json", json.dumps({"epoch": epochs - 1, **teacher}))
+            best = {"epoch": task.num_epochs - 1, **teacher}
+            save_best(task.trainable_module_ema.module, folder, class_names, data_config, best)
         best = json.loads((folder / "best.json").read_text())
     results = {
         "student": student,
@@ -468,19 +482,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "class_names": class_names,
         "split": {"sha256": split.sha256, "labels_per_class": split.labels_per_class.tolist()}
         | {"num_labelled": len(split.labelled), "num_unlabelled": len(split.unlabelled)},
-        "unreadable_images": {source.describe(i): n for i, n in loader.unreadable.items()},
+        "unreadable_images": {source.describe(i): n for i, n in task.unreadable.items()},
         "updates": task.num_updates,
         "seconds": time.perf_counter() - log.start_s,
     }
     if saver:
-        write_text(folder / "metrics.json", json.dumps(results, indent=1))
         title = f"{args.model}, {args.ssl_method}, pseudo-mixup {args.pseudo_mixup}, {len(split.labelled)} labels"
-        save_curves(folder / "curves.png", log.records, title)
-        log.say(results_table(student, teacher))
-        log.say(
-            f"teacher {args.eval_metric} {teacher[args.eval_metric]:.2f} (last), {best[args.eval_metric]:.2f} (best)"
-        )
-        log.say(f"{folder}: model.safetensors (best teacher), metrics.json, curves.png")
+        write_report(folder, results, args.eval_metric, log, title)
     return results
 
 

@@ -15,6 +15,7 @@ from semivim.utils.lyap_ema import LyapEmaV3, LyapStats
 
 METHODS = ("supervised", "fixmatch", "ema-teacher", "lyapema")
 PSEUDO_MIXUPS = ("none", "prob", "ss")
+_POSITION = ("num_updates", "num_epochs", "interval_sums", "epoch_sums", "unreadable", "schedule")
 
 
 class SemiSupervisedTask(TrainingTask):
@@ -36,6 +37,14 @@ class SemiSupervisedTask(TrainingTask):
         ssmixup_nu: Control coefficient ``nu`` of the hidden-state mix.
         ssmixup_ramp_steps: Steps over which ``nu`` rises linearly from zero: switching it on at once on a trained
             network costs accuracy.
+
+    Attributes:
+        num_updates: Optimizer steps done, skipped ones included.
+        num_epochs: Epochs finished, with their evaluation; the updates of one more may be done.
+        interval_sums: Figures of the steps since the last log line (see ``train_step``).
+        epoch_sums: Those of the steps of the unfinished epoch.
+        unreadable: Times each unreadable image was skipped, by its position, over all ranks.
+        schedule: State of a learning rate schedule that has one (see ``schedule_state``).
 
     Raises:
         ValueError: For a method, mixup or range that does not exist.
@@ -79,6 +88,11 @@ class SemiSupervisedTask(TrainingTask):
         self.ssmixup_nu = ssmixup_nu
         self.ssmixup_ramp_steps = ssmixup_ramp_steps
         self.num_updates = 0
+        self.num_epochs = 0
+        self.interval_sums: dict[str, Tensor] = {}
+        self.epoch_sums: dict[str, Tensor] = {}
+        self.unreadable: dict[int, int] = {}
+        self.schedule: dict[str, Any] = {}
         self.lyap_stats: LyapStats | None = None
 
     def forward(
@@ -209,10 +223,11 @@ class SemiSupervisedTask(TrainingTask):
         return self.trainable_module
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Position of the run, or the teacher's Lyapunov scalars; plain numbers only."""
+        """Where the run stands, or the teacher's Lyapunov scalars."""
         if ema:
             return self.trainable_module_ema.lyap_state_dict() if self.has_ema() else {}
-        return {"num_updates": self.num_updates}
+        stats = self.lyap_stats._asdict() if self.lyap_stats else None
+        return {name: getattr(self, name) for name in _POSITION} | {"lyap_stats": stats}
 
     def load_task_state(
         self,
@@ -221,10 +236,12 @@ class SemiSupervisedTask(TrainingTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Restore what :meth:`get_task_state` gave; an older checkpoint without it leaves the defaults."""
+        """Restore what :meth:`get_task_state` gave; None leaves everything as it is."""
         if state is None:
             return
         if ema:
             self.trainable_module_ema.load_lyap_state_dict(state)
         else:
-            self.num_updates = int(state["num_updates"])
+            for name in _POSITION:
+                setattr(self, name, state[name])
+            self.lyap_stats = LyapStats(**state["lyap_stats"]) if state["lyap_stats"] else None

@@ -1,9 +1,11 @@
 """One optimizer step of semi-supervised training, and the figures that an interval of steps adds up."""
 
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.data import Mixup
 from timm.utils import NativeScaler, dispatch_clip_grad
 
@@ -20,11 +22,11 @@ def train_step(
     mixup: Mixup | None,
     clip: dict[str, Any],
     device: torch.device,
-) -> tuple[dict[str, torch.Tensor], bool]:
-    """One optimizer step over one or more accumulated batches.
+) -> bool:
+    """One optimizer step over one or more accumulated batches; its figures are added to the task's sums.
 
     Returns:
-        What the interval's log adds up, and whether the step was taken: it is not where a gradient is not finite.
+        Whether the step was taken: it is not where a gradient is not finite.
     """
     sums: dict[str, torch.Tensor] = {}
     parameters = list(task.get_clip_parameters(exclude_head=clip["clip_mode"] == "agc"))
@@ -46,14 +48,19 @@ def train_step(
                 loss.backward()
         add_up(sums, result, batch.unlabelled.label.to(device) if batch.unlabelled else None)
     if scaler is not None:  # it takes the step itself, or leaves it out and lowers its scale
-        return sums, scaler.state_dict()["scale"] >= scale
-    gradients = [p.grad for p in task.get_clip_parameters() if p.grad is not None]
-    if not torch.nn.utils.get_total_norm(gradients).isfinite():
-        return sums, False
-    if clip["clip_grad"] is not None:
-        dispatch_clip_grad(parameters, clip["clip_grad"], mode=clip["clip_mode"])
-    optimizer.step()
-    return sums, True
+        taken = scaler.state_dict()["scale"] >= scale
+    else:
+        gradients = [p.grad for p in task.get_clip_parameters() if p.grad is not None]
+        taken = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if taken:
+            if clip["clip_grad"] is not None:
+                dispatch_clip_grad(parameters, clip["clip_grad"], mode=clip["clip_mode"])
+            optimizer.step()
+    optimizer.zero_grad()
+    sums["skipped"] = torch.tensor(float(not taken))
+    accumulate(task.interval_sums, sums)
+    accumulate(task.epoch_sums, sums)
+    return taken
 
 
 def add_up(sums: dict[str, torch.Tensor], result: dict[str, torch.Tensor], label: torch.Tensor | None) -> None:
@@ -75,7 +82,7 @@ def accumulate(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -
 
 
 def summarise(sums: dict[str, torch.Tensor], task: SemiSupervisedTask) -> dict[str, float]:
-    """Means of an interval and the teacher's last Lyapunov figures, as plain numbers."""
+    """Means of an interval, its skipped steps and the teacher's last Lyapunov figures, as plain numbers."""
     total = {key: value.item() for key, value in sums.items()}
     values: dict[str, float] = {
         key: total[key] / total["batches"] for key in ("loss_labelled", "loss_unlabelled") if key in total
@@ -84,6 +91,8 @@ def summarise(sums: dict[str, torch.Tensor], task: SemiSupervisedTask) -> dict[s
         values["kept_share"] = total["kept"] / total["unlabelled"]
         if total["known"]:
             values["pseudo_accuracy"] = total["right"] / total["known"]
+    if "skipped" in total:
+        values["skipped"] = total["skipped"]
     stats = task.lyap_stats
     if stats is not None:
         values["alpha"] = stats.alpha
@@ -91,3 +100,24 @@ def summarise(sums: dict[str, torch.Tensor], task: SemiSupervisedTask) -> dict[s
             values.update(v=stats.v, distance=stats.distance / max(stats.teacher_norm, 1e-12))
             values.update(guard_rate=task.trainable_module_ema.guard_rate, lr_scale=stats.lr_scale)
     return values
+
+
+def update_seed(seed: int, update: int, rank: int) -> int:
+    """Seed of one rank's update, in [0, 2**32): no two ranks come near each other's in any run of realistic length."""
+    # the golden ratio of 2**32 spreads the ranks; on one rank seeds of consecutive updates follow each other
+    return (seed * 1_000_003 + update + rank * 2_654_435_761) % 2**32
+
+
+def sum_over_ranks(counts: dict[int, int]) -> dict[int, int]:
+    """Sum counts over all processes, which all have to call this."""
+    if not dist.is_initialized():
+        return dict(counts)
+    parts: list[dict[int, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, counts)
+    return dict(sum((Counter(part) for part in parts), Counter()))
+
+
+def mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Learning rate as timm logs it, the mean over parameter groups."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return sum(rates) / len(rates)

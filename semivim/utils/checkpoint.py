@@ -1,5 +1,6 @@
 """Files a run may not lose: written beside their place, flushed, then renamed over it."""
 
+import json
 import os
 import shutil
 import struct
@@ -69,18 +70,18 @@ class AtomicCheckpointSaver(CheckpointSaver):
             shutil.copy2(src, link)
         os.replace(link, dst)
 
-    def find_recovery(self) -> str:
-        """Path of the newest checkpoint of an interrupted run in ``checkpoint_dir``, '' where there is none."""
-        folder = Path(self.checkpoint_dir)
-        files = [*folder.glob(f"{self.recovery_prefix}-*{self.extension}"), folder / f"last{self.extension}"]
-        return max((str(f) for f in files if f.is_file()), key=os.path.getmtime, default="")
-
 
 # What torch's restricted unpickler raises for files that are no checkpoints, found by feeding it damaged ones.
-_UNREADABLE = (
+UNREADABLE = (
     OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
     ArithmeticError, struct.error, UnpicklingError,
 )  # fmt: skip
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, with its type where that is no sentence, in one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return (text if " " in text else f"{type(error).__name__} {text}".strip())[:300]
 
 
 def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
@@ -99,17 +100,10 @@ def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says it all
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-        elif isinstance(error, UnpicklingError):  # without torch's advice to load it unrestricted
-            reason = str(error.__context__ or error)
-        elif isinstance(error, RuntimeError):
-            reason = str(error)
-        else:
-            reason = f"damaged, or of another kind ({type(error).__name__})"
-        first_line = reason.strip().partition("\n")[0]
-        raise ValueError(f"{path} is not a readable torch file: {first_line}") from error
+    except UNREADABLE as error:
+        # torch wraps what it found in the advice to load the file unrestricted
+        inner = error.__context__ if isinstance(error, UnpicklingError) else None
+        raise ValueError(f"{path} is not a readable torch file: {one_line(inner or error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, wanted a dict of weights or of a training state")
     return content
@@ -125,9 +119,21 @@ def load_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         near = sorted(str(f) for f in Path(path).parent.glob("*.pth.tar"))
         raise ValueError(f"no checkpoint at {path}" + (f"; that folder holds {', '.join(near)}" if near else ""))
     checkpoint = load_untrusted(path)
-    if "state_dict" not in checkpoint or "optimizer" not in checkpoint:
-        raise ValueError(f"{path} is not a training checkpoint: it lacks state_dict or optimizer")
+    if lacking := {"state_dict", "optimizer", "args", "saver"} - checkpoint.keys():
+        raise ValueError(f"{path} is not a training checkpoint: it lacks {', '.join(sorted(lacking))}")
     return checkpoint
+
+
+def save_best(
+    model: nn.Module,
+    folder: Path,
+    label_names: Sequence[str] | None,
+    data_config: dict[str, Any],
+    metrics: dict[str, Any],
+) -> None:
+    """Write the best teacher (see :func:`save_model`) and best.json, its epoch and metrics."""
+    save_model(model, folder, label_names, data_config)
+    write_text(folder / "best.json", json.dumps(metrics))
 
 
 def save_model(

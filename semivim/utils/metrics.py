@@ -31,7 +31,7 @@ class ClassificationMetrics:
         """Metrics in percent.
 
         Args:
-            train_counts: Labelled training images per class, which set the many / medium / few groups.
+            train_counts: Training images per class, labelled and unlabelled, which set the many / medium / few groups.
 
         Returns:
             ``top1``, ``top5``, ``balanced_acc`` (mean recall of the classes present), ``worst_class_recall``,

@@ -8,21 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from timm.utils import trim_summary, update_summary
 from tqdm import tqdm
 
-from semivim.utils.checkpoint import atomic_path
+from semivim.utils.checkpoint import atomic_path, write_text
 
 
 class RunLog:
-    """Progress on the terminal and ``metrics.jsonl`` in the run folder.
+    """Progress on the terminal; ``metrics.jsonl`` and ``summary.csv`` in the run folder.
 
     Args:
         folder: Run folder; None writes and prints nothing (ranks other than 0).
         total_updates: Updates of the whole run.
         first_update: Update the run starts or resumes at; records of later updates are dropped from the log.
+        first_epoch: Epoch the run starts or resumes at; records and rows of it and later ones are dropped too.
     """
 
-    def __init__(self, folder: Path | None, total_updates: int, first_update: int = 0) -> None:
+    def __init__(self, folder: Path | None, total_updates: int, first_update: int = 0, first_epoch: int = 0) -> None:
         self.path = folder / "metrics.jsonl" if folder else None
         self.total, self.first, self.done = total_updates, first_update, first_update
         self.images = 0  # since the last record
@@ -30,9 +32,11 @@ class RunLog:
         self.start_s = self.mark_s = time.perf_counter()
         self.bar = None
         if self.path:
-            self.records = [r for r in read_jsonl(self.path) if r["update"] <= first_update]
+            found = read_jsonl(self.path)
+            self.records = [r for r in found if r["update"] <= first_update and r.get("epoch", -1) < first_epoch]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+            trim_summary(self.path.with_name("summary.csv"), first_epoch)
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_updates, initial=first_update, dynamic_ncols=True, unit="step")
 
@@ -62,6 +66,34 @@ class RunLog:
             eta_s = (now_s - self.start_s) / max(1, self.done - self.first) * (self.total - self.done)
             self.say(f"[{self.done}/{self.total} eta {eta_s:.0f}s] {text}")
 
+    def epoch(
+        self,
+        epoch: int,
+        means: dict[str, float],
+        student: dict[str, Any],
+        teacher: dict[str, Any],
+        lr: float,
+        log_wandb: bool,
+    ) -> None:
+        """Record an evaluation and write the epoch's row.
+
+        Args:
+            epoch: The epoch that ends.
+            means: Figures of its steps.
+            student: The student's metrics, {} if the epoch was not evaluated.
+            teacher: The teacher's.
+            lr: Learning rate of the next step.
+            log_wandb: Send the row to Weights & Biases too.
+        """
+        if not self.path:
+            return
+        if teacher:
+            self.record({"epoch": epoch, "student_top1": student["top1"], "teacher_top1": teacher["top1"]})
+        columns = {name: means.get(name) for name in ("loss_labelled", "loss_unlabelled", "kept_share", "alpha")}
+        row = {"student_top1": student.get("top1")}
+        row |= {name: teacher.get(name) for name in ("top1", "top5", "balanced_acc", "worst_class_recall")}
+        update_summary(epoch, columns, row, self.path.with_name("summary.csv"), lr=lr, log_wandb=log_wandb)
+
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
         if self.path:
@@ -83,6 +115,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def write_report(folder: Path, results: dict[str, Any], metric: str, log: RunLog, title: str) -> None:
+    """Write metrics.json and curves.png into the run folder and print the table.
+
+    Args:
+        folder: Run folder.
+        results: What metrics.json gets; ``student``, ``teacher`` and ``best`` are shown.
+        metric: Name of the metric that chose the best teacher.
+        log: Log of the run.
+        title: Title of the picture.
+    """
+    write_text(folder / "metrics.json", json.dumps(results, indent=1))
+    save_curves(folder / "curves.png", log.records, title)
+    log.say(results_table(results["student"], results["teacher"]))
+    log.say(f"teacher {metric} {results['teacher'][metric]:.2f} (last), {results['best'][metric]:.2f} (best)")
+    log.say(f"{folder}: model.safetensors (best teacher), metrics.json, curves.png")
 
 
 def results_table(student: dict[str, Any], teacher: dict[str, Any]) -> str:
@@ -112,7 +161,8 @@ def save_curves(path: Path, records: Sequence[dict[str, Any]], title: str) -> No
         ("alpha", ["alpha"], "linear"),
         ("V and guard rate", ["v", "guard_rate"], "symlog"),
     ]
-    panels = [p for p in panels if any(key in r for r in records for key in p[1])]
+    # a run resumed at its end in a new folder has nothing to draw
+    panels = [p for p in panels if any(key in r for r in records for key in p[1])] or panels[:1]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.0), squeeze=False)
     for axis, (name, keys, scale) in zip(axes[0], panels, strict=True):
         for key in keys:

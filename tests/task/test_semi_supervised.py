@@ -172,6 +172,7 @@ def test_task_state_resumes_position_and_lyapunov_scalars():
     other.load_checkpoint_state(student["state_dict"], student["task_state"])
     other.load_checkpoint_state(teacher["state_dict_ema"], teacher["task_state_ema"], ema=True)
     assert other.num_updates == 3
+    assert other.lyap_stats == task.lyap_stats
     with torch.no_grad():
         for t in (task, other):
             for p in t.trainable_module.parameters():

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -6,7 +8,7 @@ from torch import nn
 
 from semivim.data.two_views import LabelledBatch, SslBatch, UnlabelledBatch
 from semivim.task.semi_supervised import SemiSupervisedTask
-from semivim.task.train_step import add_up, summarise, train_step
+from semivim.task.train_step import add_up, mean_lr, sum_over_ranks, summarise, train_step, update_seed
 
 CPU = torch.device("cpu")
 OFF = {"clip_grad": None, "clip_mode": "norm"}
@@ -47,8 +49,7 @@ def test_accumulated_batches_take_one_step_with_the_mean_gradient():
     reference, _ = make("supervised")
     before = task.trainable_module.linear.weight.detach().clone()
     batches = [batch(1), batch(2)]
-    _, taken = step(task, optimizer, batches)
-    assert taken
+    assert step(task, optimizer, batches)
     loss = sum(reference(b.labelled.image, b.labelled.label)["loss"] for b in batches) / 2
     loss.backward()
     expected = before - 0.1 * reference.trainable_module.linear.weight.grad
@@ -58,13 +59,12 @@ def test_accumulated_batches_take_one_step_with_the_mean_gradient():
 def test_gradient_that_is_not_finite_changes_nothing():
     task, optimizer = make()
     before = {k: v.clone() for k, v in task.state_dict().items()}
-    _, taken = step(task, optimizer, [batch(1, scale=float("inf"))])
-    assert not taken
+    assert not step(task, optimizer, [batch(1, scale=float("inf"))])
     task.update_ema(1)
     assert task.lyap_stats.skipped
     assert all(torch.equal(before[k], v) for k, v in task.state_dict().items())
-    optimizer.zero_grad()
-    assert step(task, optimizer, [batch(1)])[1]
+    assert step(task, optimizer, [batch(1)])
+    assert summarise(task.interval_sums, task)["skipped"] == 1.0
 
 
 def test_clipping_bounds_the_step():
@@ -77,17 +77,14 @@ def test_clipping_bounds_the_step():
 
 def test_figures_of_an_interval():
     task, optimizer = make()
-    sums = {}
     for seed in (1, 2):
-        optimizer.zero_grad()
-        result, _ = step(task, optimizer, [batch(seed)])
+        step(task, optimizer, [batch(seed)])
         task.update_ema(seed)
-        for key, value in result.items():
-            sums[key] = sums.get(key, 0) + value
-    values = summarise(sums, task)
+    values = summarise(task.interval_sums, task)
     assert values["kept_share"] == 1.0
     assert 0.0 <= values["pseudo_accuracy"] <= 1.0
-    assert values["loss_labelled"] == pytest.approx(sums["loss_labelled"].item() / 2)
+    assert values["loss_labelled"] == pytest.approx(task.epoch_sums["loss_labelled"].item() / 2)
+    assert values["skipped"] == 0.0
     assert {"alpha", "v", "distance", "guard_rate", "lr_scale"} <= set(values)
 
 
@@ -102,3 +99,37 @@ def test_unknown_labels_do_not_count_as_wrong():
     assert {k: sums[k].item() for k in ("unlabelled", "kept", "known", "right")} == {
         "unlabelled": 4, "kept": 3, "known": 2, "right": 1,
     }  # fmt: skip
+
+
+def test_no_two_ranks_share_random_numbers():
+    """The seeds of a rank are consecutive; a million updates of each of 64 ranks lie apart on the ring of seeds."""
+    starts = sorted(update_seed(42, 0, rank) for rank in range(64))
+    gaps = [b - a for a, b in zip(starts, [*starts[1:], starts[0] + 2**32], strict=True)]
+    assert min(gaps) > 1_000_000
+    assert update_seed(42, 7, 3) == (update_seed(42, 0, 3) + 7) % 2**32
+    assert update_seed(43, 0, 0) - update_seed(42, 0, 0) > 1_000_000
+    assert 0 <= update_seed(2**31 - 1, 10**9, 1000) < 2**32
+
+
+def test_rate_is_the_mean_over_groups():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [parameters[0]], "lr": 0.1}, {"params": [parameters[1]], "lr": 0.3}])
+    assert mean_lr(optimizer) == pytest.approx(0.2)
+
+
+COUNTS = """
+import sys, torch.distributed as dist
+from semivim.task.train_step import sum_over_ranks
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+total = sum_over_ranks([{5: 2, 7: 1}, {7: 3}][rank])
+assert total == {5: 2, 7: 4}, total
+dist.destroy_process_group()
+"""
+
+
+def test_counts_are_summed_over_ranks(tmp_path):
+    assert sum_over_ranks({3: 1}) == {3: 1}
+    command = [sys.executable, "-c", COUNTS]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")]) for rank in (0, 1)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]

@@ -76,17 +76,6 @@ def test_last_and_best_exist_at_every_moment(tmp_path, monkeypatch):
     assert seen[-1] == [1, 1]
 
 
-def test_find_recovery_takes_the_newest(tmp_path):
-    saver = make_saver(tmp_path)
-    assert saver.find_recovery() == ""
-    saver.save_checkpoint(0, 1.0)
-    saver.save_recovery(1, 7)
-    os.utime(tmp_path / "last.pth.tar", (1, 1))
-    assert saver.find_recovery().endswith("recovery-1-7.pth.tar")
-    os.utime(tmp_path / "recovery-1-7.pth.tar", (0, 0))
-    assert saver.find_recovery().endswith("last.pth.tar")
-
-
 def test_file_systems_without_hard_links_get_a_copy(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("no links here")
@@ -145,9 +134,9 @@ def test_a_torch_file_of_anything_but_a_dict_is_refused(content, tmp_path):
 
 
 def test_missing_files_and_folders_are_named_and_a_namespace_is_read(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.pth is not a readable torch file: No such file"):
+    with pytest.raises(ValueError, match=r"absent\.pth is not a readable torch file: .*No such file"):
         load_untrusted(tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match=r"is not a readable torch file: Is a directory"):
+    with pytest.raises(ValueError, match=r"is not a readable torch file: .*Is a directory"):
         load_untrusted(tmp_path)
     torch.save({"args": Namespace(lr=0.1)}, tmp_path / "f.pth")
     assert load_untrusted(str(tmp_path / "f.pth"))["args"].lr == 0.1

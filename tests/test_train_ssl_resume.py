@@ -1,0 +1,190 @@
+"""Runs that end before their end: killed, resumed, branched off, or started twice."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+import train_ssl
+from semivim.utils.resume import own_folder
+from tests.training import ROOT, TINY, assert_same_run, run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An unbroken run of six updates in two epochs."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(folder)
+    return folder
+
+
+def report(folder):
+    """What a run leaves behind, but for its times."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "summary": (folder / "summary.csv").read_text(),
+        "best": json.loads((folder / "best.json").read_text()),
+        "records": [{k: v for k, v in r.items() if k != "images_per_s"} for r in records],
+        "checkpoints": sorted(f.name for f in folder.glob("*.pth.tar") if not f.name.startswith("recovery")),
+    }
+
+
+def epochs_of(folder):
+    return [row["epoch"] for row in csv.DictReader((folder / "summary.csv").read_text().splitlines())]
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("call", [2, 3], ids=["first epoch", "last epoch"])
+def test_kill_while_evaluating_loses_no_epoch(call, whole, tmp_path, monkeypatch):
+    folder, calls, evaluate = tmp_path / "run", [], train_ssl.evaluate
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KilledError
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train_ssl, "evaluate", killed)
+    with pytest.raises(KilledError):
+        run(folder)
+    monkeypatch.setattr(train_ssl, "evaluate", evaluate)
+    run(folder, "--resume", "auto")
+    assert_same_run(folder, whole)
+    assert report(folder) == report(whole)
+
+
+def test_kill_before_the_checkpoint_of_an_evaluated_epoch_repeats_its_evaluation_only(whole, tmp_path, monkeypatch):
+    folder, save = tmp_path / "run", train_ssl.AtomicCheckpointSaver.save_checkpoint
+
+    def killed(self, epoch, metric=None):
+        if epoch == 1:
+            raise KilledError
+        return save(self, epoch, metric)
+
+    monkeypatch.setattr(train_ssl.AtomicCheckpointSaver, "save_checkpoint", killed)
+    with pytest.raises(KilledError):
+        run(folder)
+    monkeypatch.setattr(train_ssl.AtomicCheckpointSaver, "save_checkpoint", save)
+    run(folder, "--resume", "auto")
+    assert report(folder) == report(whole)
+
+
+def test_run_killed_in_the_middle_of_an_epoch_continues(whole, tmp_path):
+    folder = tmp_path / "killed"
+    flags = [*TINY, "--output", str(tmp_path), "--experiment", "killed", "--recovery-interval", "1", "--resume", "auto"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "train_ssl.py", *flags], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("recovery-0-2*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    updates = [torch.load(f, weights_only=False)["task_state"]["num_updates"] for f in folder.glob("recovery-*.tar")]
+    assert max(updates) >= 2
+    train_ssl.main(flags)
+    assert_same_run(folder, whole)
+    assert report(folder) == report(whole)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """The first epoch of that run, and where it was killed while saving the second."""
+    folder = tmp_path_factory.mktemp("half") / "half"
+    run(folder, "--checkpoint-hist", 5)
+    os.replace(folder / "checkpoint-0.pth.tar", folder / "last.pth.tar")
+    for file in (*folder.glob("recovery-*"), folder / "checkpoint-1.pth.tar"):
+        file.unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--labels-per-class", 8], "--labels-per-class is 8, but 4"),
+        (["--split-seed", 7], "--split-seed is 7, but 0"),
+        (["-b", 2], "--batch-size x --grad-accum-steps x processes is 2, but 4"),
+        (["--train-batches-per-epoch", 2], "--train-batches-per-epoch is 2, but 3"),
+        (["--unlabeled-ratio", 3], "--unlabeled-ratio is 3, but 2"),
+        (["--weight-decay", 0.1], r"--weight-decay is 0\.1, but 0\.05"),
+        (["--model", "semivim_pico"], r"last\.pth\.tar: not a checkpoint of this run"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_flags_that_a_resume_would_ignore_are_refused(flags, message, half):
+    before = (half / "args.yaml").read_bytes()
+    with pytest.raises(SystemExit, match=message) as error:
+        run(half, "--resume", "auto", *flags)
+    assert "\n" not in error.value.code
+    assert (half / "args.yaml").read_bytes() == before
+
+
+def test_resume_elsewhere_takes_the_split_along_and_leaves_both_runs_whole(half, whole, tmp_path):
+    last = (half / "last.pth.tar").read_bytes()
+    branch = tmp_path / "branch"
+    run(branch, "--resume", half / "last.pth.tar", "--epochs", 2)
+    assert (half / "last.pth.tar").read_bytes() == last
+    assert (branch / "labelled.txt").read_bytes() == (half / "labelled.txt").read_bytes()
+    assert_same_run(branch, whole)
+    assert json.loads((branch / "best.json").read_text())["epoch"] == 1  # its own best, not the other run's
+    assert epochs_of(branch) == ["1"]
+    run(branch, "--resume", "auto", "--epochs", 3)
+    assert epochs_of(branch) == ["1", "2"]
+    assert yaml.safe_load((branch / "args.yaml").read_text())["epochs"] == 3
+    with pytest.raises(SystemExit, match="branch holds a run already"):
+        run(branch, "--resume", half / "last.pth.tar")
+    with own_folder(branch):
+        pass
+
+
+def test_run_killed_in_its_first_epoch_is_not_overwritten(tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KilledError
+
+    monkeypatch.setattr(train_ssl, "evaluate", killed)
+    with pytest.raises(KilledError):
+        run(tmp_path / "run")
+    with pytest.raises(SystemExit, match="holds a run already: add --resume auto"):
+        run(tmp_path / "run")
+
+
+def test_folder_in_use_is_left_alone(tmp_path, monkeypatch):
+    def taken(*args):
+        raise BlockingIOError
+
+    monkeypatch.setattr("fcntl.lockf", taken)
+    with pytest.raises(SystemExit, match="run is in use by another process"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run" / "args.yaml").exists()
+
+
+def test_plateau_and_counts_of_broken_images_survive_a_resume(tmp_path, monkeypatch):
+    """Both live in what a checkpoint holds of the task."""
+    folder, read = tmp_path / "run", train_ssl.ImageSource.image
+
+    def image(self, position):
+        if len(self) > 1000 and position % 7 == 0:  # training images only
+            raise train_ssl.UnreadableImageError(f"image {position} is broken")
+        return read(self, position)
+
+    monkeypatch.setattr(train_ssl.ImageSource, "image", image)
+    flags = ["--sched", "plateau", "--patience-epochs", 1]
+    with pytest.warns(FutureWarning, match="PlateauLRScheduler is deprecated"):
+        unbroken = run(tmp_path / "unbroken", *flags, "--epochs", 3)
+        run(folder, *flags, "--epochs", 1)
+        resumed = run(folder, *flags, "--epochs", 3, "--resume", "auto")
+    assert sum(unbroken["unreadable_images"].values()) > 4
+    assert resumed["unreadable_images"] == unbroken["unreadable_images"]
+    assert {r["lr"] for r in report(folder)["records"] if "lr" in r} == {0.002}
+    assert report(folder)["records"] == report(tmp_path / "unbroken")["records"]

@@ -1,0 +1,28 @@
+"""A training run of seconds, and what its checkpoints hold."""
+
+from pathlib import Path
+
+import torch
+
+import train_ssl
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--model", "test_vim", "-b", "4", "--unlabeled-ratio", "2", "--epochs", "2", "--train-batches-per-epoch", "3"]
+TINY += ["--val-interval", "1", "-vb", "250", "--log-interval", "1", "--threshold", "0.05", "--warmup-epochs", "0"]
+
+
+def run(folder, *flags):
+    """Train in ``folder``: six updates in two epochs if the flags do not say otherwise."""
+    return train_ssl.main([*TINY, "--output", str(folder.parent), "--experiment", folder.name, *map(str, flags)])
+
+
+def states(folder, name="last.pth.tar"):
+    """Weights of student and teacher."""
+    checkpoint = torch.load(folder / name, weights_only=False)
+    return checkpoint["state_dict"], checkpoint["state_dict_ema"]
+
+
+def assert_same_run(a, b):
+    """The last weights of two runs are the same bits."""
+    for first, second in zip(states(a), states(b), strict=True):
+        assert all(torch.equal(first[key], second[key]) for key in first)
