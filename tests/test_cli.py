@@ -115,3 +115,18 @@ def test_mistake_is_one_line_and_status_2(
     error = capsys.readouterr().err
     assert error.startswith("semivim") and cause in error
     assert error.count("\n") == 1
+
+
+def test_what_the_disk_refuses_is_one_line(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/no/such")
+    with pytest.raises(SystemExit):
+        main(["publish", str(run_dir), "--repo", "org/name", "--dry-run"])
+    error = capsys.readouterr().err
+    assert "No such file or directory: '/no/such/" in error and error.count("\n") == 1
+
+
+def test_license_reaches_the_card(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["publish", str(run_dir), "--repo", "org/name", "--dry-run", "--license", "cc-by-4.0"])
+    assert "license: cc-by-4.0" in capsys.readouterr().out
