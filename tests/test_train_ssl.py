@@ -150,6 +150,40 @@ def test_every_method_trains(flags, tmp_path):
     assert ("loss_unlabelled" in records[0]) == ("supervised" not in flags)
 
 
+def test_classes_are_grouped_by_all_their_training_images(tmp_path, monkeypatch):
+    seen, evaluate = [], train_ssl.evaluate
+
+    def recorded(*args, train_counts, **kwargs):
+        seen.append(train_counts)
+        return evaluate(*args, train_counts=train_counts, **kwargs)
+
+    monkeypatch.setattr(train_ssl, "evaluate", recorded)
+    imbalance = ["--imb-n1", 8, "--imb-factor-l", 4, "--imb-m1", 80, "--imb-factor-u", -4]
+    results = run(tmp_path / "run", "--epochs", 1, "--train-batches-per-epoch", 1, *imbalance)
+    assert (seen[0][0], seen[0][9]) == (8 + 20, 2 + 80)
+    assert sum(seen[0]) == results["split"]["num_labelled"] + results["split"]["num_unlabelled"]
+    assert results["teacher"]["many"] == pytest.approx(sum(results["teacher"]["per_class_recall"][7:]) / 3)
+
+
+def test_mixup_ends_at_its_epoch_and_the_rate_logged_is_the_mean(tmp_path, monkeypatch):
+    enabled, call = [], train_ssl.Mixup.__call__
+
+    def recorded(self, *args):
+        enabled.append(self.mixup_enabled)
+        return call(self, *args)
+
+    monkeypatch.setattr(train_ssl.Mixup, "__call__", recorded)
+    flags = ["--train-batches-per-epoch", 1, "--layer-decay", 0.5, "--sched", "constant"]
+    run(tmp_path / "run", "--mixup", 0.2, "--mixup-off-epoch", 1, *flags)
+    assert enabled == [True, False]
+    checkpoint = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)
+    rates = [group["lr"] for group in checkpoint["optimizer"]["param_groups"]]
+    assert max(rates) > 2 * min(rates)
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    (row, *_) = csv.DictReader((tmp_path / "run" / "summary.csv").read_text().splitlines())
+    assert record["lr"] == float(row["lr"]) == pytest.approx(sum(rates) / len(rates))
+
+
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")

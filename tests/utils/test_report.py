@@ -31,6 +31,26 @@ def test_resume_drops_later_records_and_a_line_cut_short(tmp_path):
     assert [r["update"] for r in log.records] == [1, 2, 3]
 
 
+def test_rows_and_evaluations_of_an_unfinished_epoch_are_dropped(tmp_path):
+    metrics = {"top1": 50.0, "top5": 90.0, "balanced_acc": 40.0, "worst_class_recall": 0.0}
+    log = RunLog(tmp_path, total_updates=2)
+    for epoch in (0, 1):
+        log.step(1)
+        log.record({"loss_labelled": 1.0})
+        log.epoch(epoch, {"loss_labelled": 1.0}, metrics if epoch else {}, metrics if epoch else {}, 0.1, False)
+    rows = (tmp_path / "summary.csv").read_text().splitlines()
+    assert rows[1:] == ["0,1.0,,,,,,,,,0.1", "1,1.0,,,,50.0,50.0,90.0,40.0,0.0,0.1"]
+    assert [r.get("epoch") for r in log.records] == [None, None, 1]
+    again = RunLog(tmp_path, total_updates=2, first_update=2, first_epoch=1)
+    assert [r.get("epoch") for r in again.records] == [None, None]
+    assert (tmp_path / "summary.csv").read_text().splitlines() == rows[:2]
+
+
+def test_picture_of_nothing(tmp_path):
+    save_curves(tmp_path / "curves.png", [], "a run resumed at its end in a new folder")
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_other_ranks_write_nothing(tmp_path, capsys):
     log = RunLog(None, total_updates=4)
     log.step(1)
