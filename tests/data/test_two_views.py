@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from semivim.data.label_split import complete_split, make_split
+from semivim.data.label_split import LabelSplit, complete_split, make_split
 from semivim.data.sources import ImageSource, UnreadableImageError, open_source
 from semivim.data.two_views import EndlessOrder, SslLoader, StepBatches, View, Views, _mix_seed, create_eval_loader
 
@@ -180,6 +180,23 @@ def test_labelled_and_unlabelled_images_come_in_orders_and_views_of_their_own():
     batch = StepBatches(source, split, PLAIN, 30, 30)[0]
     assert shown(batch.labelled.image) != shown(batch.unlabelled.weak)
     assert sorted(shown(batch.labelled.image)) == sorted(shown(batch.unlabelled.weak))
+
+
+def test_each_part_of_a_batch_has_its_own_view():
+    source, split = numbered()
+    views = Views(*(View((1, 8, 8), (0.0,), (std,), no_aug=True) for std in (1.0, 2.0, 4.0)))
+    batch, plain = (StepBatches(source, split, v, 7, 30)[0] for v in (views, PLAIN))
+    assert torch.equal(batch.labelled.image, plain.labelled.image)
+    assert torch.equal(batch.unlabelled.weak, plain.unlabelled.weak / 2)
+    assert torch.equal(batch.unlabelled.strong, plain.unlabelled.weak / 4)
+
+
+def test_labels_are_those_of_the_split_which_lists_may_have_filled_in():
+    source = ImageSource(Pictures(), [-1] * 8)
+    split = LabelSplit(np.arange(8) % 3, np.arange(3), np.arange(3, 8), 3)
+    batch = StepBatches(source, split, PLAIN, 3, 5)[0]
+    assert batch.labelled.label.tolist() == [p % 3 for p in shown(batch.labelled.image)]
+    assert batch.unlabelled.label.tolist() == [p % 3 for p in shown(batch.unlabelled.weak)]
 
 
 def test_seeds_are_mixed_by_splitmix64():
