@@ -479,6 +479,6 @@ def _resolve(mode: str, **given: float | bool | None) -> dict[str, Any]:
             f"{options['decay']} in mode {mode!r}"
         )
     for name in ("gamma", "v_radius", "pull", "pull_step"):
-        if options[name] < 0.0:
-            raise ValueError(f"{name} must not be negative, got {options[name]}")
+        if not 0.0 <= options[name] < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {options[name]}")
     return options
