@@ -202,3 +202,13 @@ def test_license_is_published_in_card_and_config(hub: HubServer, repo: str, run_
     files = stored.commits[stored.branches["main"]]
     assert b"license: cc-by-4.0" in files["README.md"]
     assert json.loads(files["config.json"])["pretrained_cfg"]["license"] == "cc-by-4.0"
+
+
+def test_license_of_the_weights_a_run_began_with_is_published(repo: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    config["pretrained_cfg"]["license"] = "cc-by-nc-4.0"
+    (run / "config.json").write_text(json.dumps(config))
+    assert "\nlicense:" not in _publish(run, repo, dry_run=True).result["card"]
+    (run / "args.yaml").write_text("pretrained: true")
+    assert "\nlicense: cc-by-nc-4.0\n" in _publish(run, repo, dry_run=True).result["card"]
