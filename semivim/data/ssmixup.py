@@ -107,7 +107,7 @@ def cutmix_boxes(weight: Tensor, height_px: int, width_px: int) -> tuple[Tensor,
     share = (1 - weight).clamp(min=0).sqrt()
 
     def inside(size_px: int) -> Tensor:
-        half = (size_px * share).floor() // 2
+        half = size_px * share // 2
         centre = (torch.rand(weight.shape[0], device=weight.device) * size_px).floor()
         position = torch.arange(size_px, device=weight.device)
         return (position >= (centre - half)[:, None]) & (position < (centre + half)[:, None])
