@@ -149,7 +149,7 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
         ("TFDS/cifar10", "is a stream"),
         ("embedded/letters", "wanted 'embedded/digits'"),
         ("embedded/digits", "data_dir='.*' is not read with dataset 'embedded/digits'"),
-        ("tourch/cifar10", "'tourch/cifar10' is not known; wanted '' .*, 'torch/<name>', 'hfds/<name>', 'wds/<name>'"),
+        ("trch/cifar10", "'trch/cifar10' is not known; wanted '' .*, 'torch/<name>', 'hfds/<name>', 'wds/<name>'"),
         ("cifar10", "'cifar10' is not known"),
         ("/cifar10", "'/cifar10' is not known"),
         ("Torch/fashionmnist", "Unknown torchvision dataset fashionmnist"),
