@@ -50,7 +50,7 @@ def train(method: str, seed: int, output: Path, extra: list[str]) -> dict:
         view = [] if method == "supervised" else STRONG_VIEW
         flags = [*view, "--output", str(output), "--experiment", folder.name, "--seed", str(seed), "--fold", str(seed)]
         subprocess.run(
-            [sys.executable, str(ROOT / "train_ssl.py"), *METHODS[method], *flags, *extra],
+            [sys.executable, str(ROOT / "train_ssl.py"), *flags, *extra, *METHODS[method]],
             env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             check=True,
