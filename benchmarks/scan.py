@@ -196,6 +196,7 @@ def stages(shape: tuple[int, int, int, int], repeats: int, limits: Limits) -> fl
     rank = d // 32
     for name, times, product, fan_in, fan_out in (
         ("in_proj", 1, linear, d // 2, 2 * d),
+        ("in_proj, by torch", 1, F.linear, d // 2, 2 * d),
         ("x_proj, both", 2, linear, d, rank + 2 * n),
         ("dt_proj, both", 2, F.linear, rank, d),
         ("out_proj", 1, linear, d, d // 2),
