@@ -35,6 +35,7 @@ def test_labels_and_probabilities(model: torch.nn.Module, photo: Image.Image, tm
     transform = timm.data.create_transform(**timm.data.resolve_input_data_config(model))
     with torch.inference_mode():
         wanted = model(transform(photo)[None]).softmax(-1)[0]
+    torch.manual_seed(5)  # views seed with 0
     state = torch.get_rng_state()
     found = predict(model, tmp_path / "photo.png", topk=3)
     assert torch.equal(torch.get_rng_state(), state)
