@@ -13,7 +13,6 @@ import torch
 import yaml
 
 import train_ssl
-from semivim.utils.resume import own_folder
 from tests.training import ROOT, TINY, assert_same_run, run
 
 
@@ -130,22 +129,19 @@ def test_flags_that_a_resume_would_ignore_are_refused(flags, message, half):
     assert (half / "args.yaml").read_bytes() == before
 
 
-def test_resume_elsewhere_takes_the_split_along_and_leaves_both_runs_whole(half, whole, tmp_path):
-    last = (half / "last.pth.tar").read_bytes()
+def test_resume_elsewhere_takes_the_split_along_and_leaves_both_runs_whole(whole, tmp_path):
+    before = {file.name: file.read_bytes() for file in whole.iterdir()}
     branch = tmp_path / "branch"
-    run(branch, "--resume", half / "last.pth.tar", "--epochs", 2)
-    assert (half / "last.pth.tar").read_bytes() == last
-    assert (branch / "labelled.txt").read_bytes() == (half / "labelled.txt").read_bytes()
-    assert_same_run(branch, whole)
-    assert json.loads((branch / "best.json").read_text())["epoch"] == 1  # its own best, not the other run's
-    assert epochs_of(branch) == ["1"]
-    run(branch, "--resume", "auto", "--epochs", 3)
-    assert epochs_of(branch) == ["1", "2"]
-    assert yaml.safe_load((branch / "args.yaml").read_text())["epochs"] == 3
+    run(branch, "--resume", whole / "last.pth.tar", "--epochs", 3)
+    assert {file.name: file.read_bytes() for file in whole.iterdir()} == before
+    assert (branch / "labelled.txt").read_bytes() == before["labelled.txt"]
+    assert epochs_of(branch) == ["2"]
+    assert (branch / "model_best.pth.tar").exists()  # its own best, not the other run's
+    run(branch, "--resume", "auto", "--epochs", 4)
+    assert epochs_of(branch) == ["2", "3"]
+    assert yaml.safe_load((branch / "args.yaml").read_text())["epochs"] == 4
     with pytest.raises(SystemExit, match="branch holds a run already"):
-        run(branch, "--resume", half / "last.pth.tar")
-    with own_folder(branch):
-        pass
+        run(branch, "--resume", whole / "last.pth.tar")
 
 
 def test_run_killed_in_its_first_epoch_is_not_overwritten(tmp_path, monkeypatch):
