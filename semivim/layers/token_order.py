@@ -37,34 +37,31 @@ def remove_middle(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @register_notrace_function
-def resample_pos_embed(
-    pos_embed: Tensor, new_grid: tuple[int, int], old_grid: tuple[int, int], class_token: bool = True
-) -> Tensor:
+def resample_pos_embed(pos_embed: Tensor, new_grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
     """Resample a position embedding to another patch grid, bicubic, around its middle class slot.
 
     timm's `resample_abs_pos_embed` takes the first slot for the class token; on a Vim that smears the class token's
     position over the grid and gives the class token a patch's position.
 
     Args:
-        pos_embed: ``(1, m + class_token, d)`` with ``m = old_grid[0] * old_grid[1]``.
+        pos_embed: ``(1, m + 1, d)`` with ``m = old_grid[0] * old_grid[1]``.
         new_grid: Rows and columns of patches wanted.
         old_grid: Rows and columns of patches of ``pos_embed``.
-        class_token: Whether slot ``m // 2`` belongs to a class token.
 
     Returns:
-        ``(1, new_grid[0] * new_grid[1] + class_token, d)``, in the dtype of ``pos_embed``; ``pos_embed`` itself where
-        the grids agree.
+        ``(1, new_grid[0] * new_grid[1] + 1, d)``, in the dtype of ``pos_embed``; ``pos_embed`` itself where the grids
+        agree.
 
     Raises:
         ValueError: If ``pos_embed`` does not have the number of slots that ``old_grid`` implies.
     """
-    slots = old_grid[0] * old_grid[1] + int(class_token)
+    slots = old_grid[0] * old_grid[1] + 1
     if pos_embed.shape[1] != slots:
         raise ValueError(f"pos_embed has {pos_embed.shape[1]} slots, wanted {slots} for a grid of {old_grid}")
     if new_grid[0] == old_grid[0] and new_grid[1] == old_grid[1]:
         return pos_embed
-    patches, token = remove_middle(pos_embed) if class_token else (pos_embed, pos_embed)
+    patches, token = remove_middle(pos_embed)
     grid = patches.reshape(1, old_grid[0], old_grid[1], -1).permute(0, 3, 1, 2).float()
     grid = F.interpolate(grid, size=[new_grid[0], new_grid[1]], mode="bicubic", align_corners=False, antialias=True)
     patches = grid.permute(0, 2, 3, 1).reshape(1, new_grid[0] * new_grid[1], -1).to(pos_embed.dtype)
-    return insert_middle(patches, token) if class_token else patches
+    return insert_middle(patches, token)

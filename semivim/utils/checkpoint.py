@@ -37,6 +37,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt":  # Windows flushes neither folders nor what is open for reading only
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,7 +100,7 @@ def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says it all
+            warnings.simplefilter("ignore")  # the error says it all
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         # torch wraps what it found in the advice to load the file unrestricted

@@ -1,6 +1,5 @@
 """Whose run a folder holds, and what a run keeps when it is resumed."""
 
-import fcntl
 import logging
 import os
 import re
@@ -17,6 +16,11 @@ from timm.task import TrainingTask
 from timm.utils import NativeScaler
 
 from semivim.utils.checkpoint import one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows, whose runs are told apart by their checkpoints alone
+    fcntl = None  # type: ignore[assignment]
 
 _logger = logging.getLogger(__name__)
 
@@ -103,7 +107,8 @@ def own_folder(folder: Path) -> Iterator[None]:
     with file:
         try:
             # Unlike flock's, this lock is not inherited by loader processes, which outlive a killed run for seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{folder} is in use by another process: name another --experiment") from None
         except OSError as error:
