@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +6,7 @@ from torch import nn
 
 from semivim.data.two_views import LabelledBatch, SslBatch, UnlabelledBatch
 from semivim.task.semi_supervised import SemiSupervisedTask
-from semivim.task.train_step import add_up, mean_lr, sum_over_ranks, summarise, train_step, update_seed
+from semivim.task.train_step import add_up, mean_lr, summarise, train_step, update_seed
 
 CPU = torch.device("cpu")
 OFF = {"clip_grad": None, "clip_mode": "norm"}
@@ -115,21 +113,3 @@ def test_rate_is_the_mean_over_groups():
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [parameters[0]], "lr": 0.1}, {"params": [parameters[1]], "lr": 0.3}])
     assert mean_lr(optimizer) == pytest.approx(0.2)
-
-
-COUNTS = """
-import sys, torch.distributed as dist
-from semivim.task.train_step import sum_over_ranks
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-total = sum_over_ranks([{5: 2, 7: 1}, {7: 3}][rank])
-assert total == {5: 2, 7: 4}, total
-dist.destroy_process_group()
-"""
-
-
-def test_counts_are_summed_over_ranks(tmp_path):
-    assert sum_over_ranks({3: 1}) == {3: 1}
-    command = [sys.executable, "-c", COUNTS]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")]) for rank in (0, 1)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
