@@ -76,6 +76,7 @@ from semivim.utils.resume import (
     check_unchanged,
     find_checkpoint,
     own_folder,
+    refuse_going_back,
     refuse_other_run,
     restore,
     run_folder,
@@ -301,8 +302,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     if not continues:
         refuse_other_run(folder)
     checkpoint = load_training_checkpoint(path) if path else None
-    if checkpoint:
-        _logger.info(f"resuming {path}")
+    if args.resume:
+        _logger.info(f"{folder} goes on from {path}" if path else f"{folder} holds nothing to resume: a new run")
 
     # Data
     source, val_source, split = open_data(args, path.parent if path else None)
@@ -372,6 +373,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     # Resume
     if checkpoint:
         restore(checkpoint, path, task, None if args.no_resume_opt else optimizer, scheduler, scaler)
+        if continues and args.resume != "auto":  # the newest has no best model before it
+            refuse_going_back(path, task.num_epochs)
     if args.start_epoch is not None:
         task.num_epochs, task.num_updates = args.start_epoch, args.start_epoch * epoch_updates
         task.interval_sums, task.epoch_sums = {}, {}
@@ -383,9 +386,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
 
     # Output
     saver, log = None, RunLog(None, 0, task.num_updates)
-    total_updates = epochs * epoch_updates
     if is_primary(args):
-        stack.enter_context(own_folder(folder))
+        stack.enter_context(own_folder(folder, args.resume, path))
         save_split(split, folder, source.names)
         write_text(folder / "args.yaml", yaml.safe_dump(config, sort_keys=False))
         saver = AtomicCheckpointSaver(
@@ -402,7 +404,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
             saver.load_state_dict(checkpoint["saver"])
         if args.log_wandb:
             wandb.init(project=args.wandb_project, name=folder.name, config=config)
-        log = RunLog(folder, total_updates, task.num_updates, task.num_epochs)
+        log = RunLog(folder, epochs * epoch_updates, task.num_updates, task.num_epochs)
         loader.unreadable.update(task.unreadable)  # rank 0 keeps the earlier counts of all
         log.say(f"{folder}: {args.model}, {args.ssl_method}, pseudo-mixup {args.pseudo_mixup}, {device}")
         log.say(split.report())

@@ -63,6 +63,14 @@ class AtomicCheckpointSaver(CheckpointSaver):
         os.replace(src, dst)
         _flush(Path(dst).parent)
 
+    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+        """Save the end of an epoch; recovery files, now older than ``last``, go."""
+        best = super().save_checkpoint(epoch, metric)
+        for file in Path(self.recovery_dir).glob(f"{self.recovery_prefix}-*-*{self.extension}"):
+            file.unlink(missing_ok=True)
+        self.curr_recovery_file = self.last_recovery_file = ""
+        return best
+
     def _duplicate(self, src: str, dst: str) -> None:
         link = f"{dst}.link"
         Path(link).unlink(missing_ok=True)

@@ -74,8 +74,8 @@ class Name:
     def __call__(self, text: str) -> str:
         """Give the name back, or raise an argparse error that suggests the nearest."""
         names = list(self.names())
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {self.kind}{_suggest(text, names)}")
+        if text not in names and text.lower() not in names:  # timm takes its optimizers in any case
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self.kind}{_suggest(text.lower(), names)}")
         return text
 
 
@@ -163,7 +163,7 @@ class Parser(argparse.ArgumentParser):
         """Exit with one line where a flag is given that nothing would read.
 
         Args:
-            args: The parsed flags; a flag counts as given where it differs from its default.
+            args: The parsed flags; a flag counts as given where it differs from its default, or its ``-c`` file's.
             owners: What must hold, in words, with whether it does and the names that are read only then.
         """
         for owner, (holds, names) in owners.items():

@@ -1,5 +1,6 @@
 """Whose run a folder holds, and what a run keeps when it is resumed."""
 
+import json
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
@@ -28,8 +30,9 @@ _logger = logging.getLogger(__name__)
 # these would be ignored. Rates, schedule, views, losses and the number of epochs may change.
 _SPLIT_FLAGS = (
     "label_fraction", "labels_per_class", "min_per_class", "imb_n1", "imb_m1", "imb_factor_l", "imb_factor_u",
-    "labeled_list", "unlabeled_list", "unlabeled_include_labeled", "fold", "split_seed",
+    "unlabeled_include_labeled", "fold", "split_seed",
 )  # fmt: skip
+_LIST_FLAGS = ("labeled_list", "unlabeled_list")
 _OPTIMIZER_FLAGS = (
     "opt", "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay",
     "layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale",
@@ -59,11 +62,23 @@ def run_folder(output: str, experiment: str, resume: str, model: str, method: st
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """File to resume, None to start afresh; 'auto' takes the newest of the run folder."""
+    """File to resume, None to start afresh; 'auto' takes the newest of the run folder.
+
+    A recovery file, whose name tells epoch and update, is newer than ``last``: the end of an epoch removes them.
+    """
     if resume != "auto":
         return Path(resume) if resume else None
-    files = [*folder.glob("recovery-*.pth.tar"), folder / "last.pth.tar"]
-    return max((f for f in files if f.is_file()), key=os.path.getmtime, default=None)
+    recovery = list(folder.glob("recovery-*-*.pth.tar"))
+    if recovery:
+        return max(recovery, key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
+    last = folder / "last.pth.tar"
+    return last if last.is_file() else None
+
+
+def _plain(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as args.yaml gives them back, where a tuple is a list, with whole paths."""
+    plain = yaml.safe_load(yaml.safe_dump(dict(flags)))
+    return plain | {name: os.path.abspath(plain[name]) for name in _LIST_FLAGS if plain.get(name)}
 
 
 def check_unchanged(saved: Mapping[str, Any], given: Mapping[str, Any], keep_optimizer: bool) -> None:
@@ -77,7 +92,10 @@ def check_unchanged(saved: Mapping[str, Any], given: Mapping[str, Any], keep_opt
     Raises:
         ValueError: Where one differs; the message names the flag and both values.
     """
-    for name in (*_SPLIT_FLAGS, *_SIZES, *(_OPTIMIZER_FLAGS if keep_optimizer else ())):
+    if "labelled_per_update" not in saved:
+        raise ValueError("--resume: the checkpoint was written by an older semivim, which this one cannot continue")
+    saved, given = _plain(saved), _plain(given)
+    for name in (*_SPLIT_FLAGS, *_LIST_FLAGS, *_SIZES, *(_OPTIMIZER_FLAGS if keep_optimizer else ())):
         if saved.get(name) != given[name]:
             flag = _SIZES.get(name) or f"--{name.replace('_', '-')}"
             raise ValueError(
@@ -88,16 +106,38 @@ def check_unchanged(saved: Mapping[str, Any], given: Mapping[str, Any], keep_opt
 
 def refuse_other_run(folder: Path) -> None:
     """Raise ValueError where a folder holds checkpoints, which a run that does not continue them would overwrite."""
-    if any("tmp" not in file.name for file in folder.glob("*.pth.tar")):
-        raise ValueError(f"{folder} holds a run already: add --resume auto to go on, or name another --experiment")
+    files = [file.name for file in folder.glob("*.pth.tar") if "tmp" not in file.name]
+    if files:
+        resume = "auto" if find_checkpoint("auto", folder) else folder / max(files)
+        raise ValueError(f"{folder} holds a run already: add --resume {resume} to go on, or name another --experiment")
+
+
+def refuse_going_back(path: Path, num_epochs: int) -> None:
+    """Raise ValueError where a run's best model is of an epoch that its checkpoint has still to train.
+
+    Args:
+        path: The checkpoint, in the folder of its run.
+        num_epochs: Epochs that it holds.
+    """
+    best = path.parent / "best.json"
+    if best.is_file() and (epoch := json.loads(best.read_text())["epoch"]) >= num_epochs:
+        raise ValueError(
+            f"--resume {path} goes back behind the best model of its run (epoch {epoch}): "
+            "name a new --experiment to branch off from there"
+        )
 
 
 @contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
+def own_folder(folder: Path, resume: str, path: Path | None) -> Iterator[None]:
     """Create a run folder and keep other processes out of it until the block, or this process, ends.
 
+    Args:
+        folder: The run folder.
+        resume: As of `find_checkpoint`.
+        path: What `find_checkpoint` found before.
+
     Raises:
-        ValueError: If the folder cannot be written, or another process trains in it.
+        ValueError: If the folder cannot be written, another process trains in it, or has done so since.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +153,10 @@ def own_folder(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder} is in use by another process: name another --experiment") from None
         except OSError as error:
             _logger.warning(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+        if path is None or path.parent.resolve() != folder.resolve():
+            refuse_other_run(folder)
+        elif find_checkpoint(resume, folder) != path:
+            raise ValueError(f"{folder}: another process went on with this run meanwhile: start again")
         yield
 
 

@@ -53,6 +53,17 @@ def test_saver_keeps_the_best_and_the_last(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1.pth.tar", "checkpoint-2.pth.tar"]
 
 
+def test_recovery_files_are_newer_than_last(tmp_path):
+    saver = make_saver(tmp_path)
+    (tmp_path / "recovery-0-3.pth.tar").touch()  # an earlier process left it
+    saver.save_recovery(0, 5)
+    saver.save_recovery(0, 7)
+    saver.save_checkpoint(0, 1.0)
+    assert not list(tmp_path.glob("recovery-*"))
+    saver.save_recovery(1, 9)
+    assert [p.name for p in tmp_path.glob("recovery-*")] == ["recovery-1-9.pth.tar"]
+
+
 def test_last_and_best_exist_at_every_moment(tmp_path, monkeypatch):
     """Every file operation of a save is followed by a look at what a kill at that moment would leave."""
     saver = make_saver(tmp_path)

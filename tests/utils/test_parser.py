@@ -142,3 +142,10 @@ def test_flag_that_nothing_reads_is_refused_unless_at_its_default(parser, capsys
     assert said == "--decay is read only with --amp, got 0.5"
     parser.set_defaults(decay=0.5)  # as a run's args.yaml does
     parser.refuse_unread(parser.parse_args([]), owners)
+
+
+def test_a_name_may_be_written_in_capitals_as_timm_takes_it():
+    optimizer = Name("an optimizer", lambda: ["adam", "sgd"])
+    assert optimizer("Adam") == "Adam"
+    with pytest.raises(argparse.ArgumentTypeError, match="'Adan' is not an optimizer.*adam"):
+        optimizer("Adan")

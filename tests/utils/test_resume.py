@@ -14,6 +14,7 @@ from semivim.utils.resume import (
     find_checkpoint,
     load_schedule_state,
     own_folder,
+    refuse_going_back,
     refuse_other_run,
     restore,
     run_folder,
@@ -34,12 +35,13 @@ def test_auto_takes_the_newest(tmp_path):
     assert find_checkpoint("", tmp_path) is None
     assert find_checkpoint("auto", tmp_path) is None
     assert find_checkpoint("x.pth.tar", tmp_path).name == "x.pth.tar"
-    for age, name in enumerate(("checkpoint-0.pth.tar", "recovery-1-7.pth.tar", "last.pth.tar")):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (100 - age, 100 - age))
-    assert find_checkpoint("auto", tmp_path).name == "recovery-1-7.pth.tar"
-    os.utime(tmp_path / "last.pth.tar")
+    for name in ("checkpoint-9", "last"):
+        (tmp_path / f"{name}.pth.tar").touch()
     assert find_checkpoint("auto", tmp_path).name == "last.pth.tar"
+    for age, name in enumerate(("recovery-1-9", "recovery-1-10", "recovery-0-11")):  # a copy may have any age
+        (tmp_path / f"{name}.pth.tar").touch()
+        os.utime(tmp_path / f"{name}.pth.tar", (100 + age, 100 + age))
+    assert find_checkpoint("auto", tmp_path).name == "recovery-1-10.pth.tar"
 
 
 @pytest.mark.parametrize("name", ["last", "recovery-0-2", "checkpoint-3", "model_best"])
@@ -49,7 +51,8 @@ def test_folder_with_any_whole_checkpoint_holds_a_run(name, tmp_path):
     refuse_other_run(tmp_path)
     refuse_other_run(tmp_path / "absent")
     (tmp_path / f"{name}.pth.tar").touch()
-    with pytest.raises(ValueError, match="holds a run already: add --resume auto"):
+    found = "auto" if name.startswith(("last", "recovery")) else f".*{name}.pth.tar"
+    with pytest.raises(ValueError, match=f"holds a run already: add --resume {found} to go on"):
         refuse_other_run(tmp_path)
 
 
@@ -57,7 +60,7 @@ OWNER = """
 import os, sys, time
 from pathlib import Path
 from semivim.utils.resume import own_folder
-with own_folder(Path(sys.argv[1])):
+with own_folder(Path(sys.argv[1]), "", None):
     if os.fork() == 0:  # as a loader process, which outlives a killed run
         time.sleep(600)
     print("ready", flush=True)
@@ -70,11 +73,11 @@ def test_folder_belongs_to_one_process_until_it_ends(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(folder)], stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert owner.stdout.readline() == b"ready\n"
-        with pytest.raises(ValueError, match="run is in use by another process"), own_folder(folder):
+        with pytest.raises(ValueError, match="run is in use by another process"), own_folder(folder, "", None):
             pass
         owner.kill()
         owner.wait()
-        with own_folder(folder):
+        with own_folder(folder, "", None):
             pass
     finally:
         os.killpg(owner.pid, 9)
@@ -85,9 +88,29 @@ def test_folder_belongs_to_one_process_until_it_ends(tmp_path):
 def test_folder_that_cannot_be_written_is_one_line():
     with (
         pytest.raises(ValueError, match=r"--output: cannot write to /proc/x/run: No such file"),
-        own_folder(Path("/proc/x/run")),
+        own_folder(Path("/proc/x/run"), "", None),
     ):
         pass
+
+
+def test_folder_in_which_another_process_trained_meanwhile_is_refused(tmp_path):
+    last = tmp_path / "last.pth.tar"
+    last.touch()
+    with pytest.raises(ValueError, match="holds a run already"), own_folder(tmp_path, "auto", None):
+        pass
+    with own_folder(tmp_path, "auto", last):
+        (tmp_path / "recovery-1-7.pth.tar").touch()
+    with pytest.raises(ValueError, match="another process went on with this run"), own_folder(tmp_path, "auto", last):
+        pass
+
+
+def test_going_back_behind_the_best_model_is_refused(tmp_path):
+    path = tmp_path / "checkpoint-0.pth.tar"
+    refuse_going_back(path, 1)
+    (tmp_path / "best.json").write_text('{"epoch": 2}')
+    refuse_going_back(path, 3)
+    with pytest.raises(ValueError, match=r"checkpoint-0.pth.tar goes back behind the best model .*epoch 2"):
+        refuse_going_back(path, 2)
 
 
 RUN = {
@@ -113,6 +136,17 @@ def test_what_a_resumed_run_may_not_change():
         with pytest.raises(ValueError, match=message):
             check_unchanged(RUN, RUN | {name: value}, keep_optimizer=True)
     check_unchanged(RUN, RUN | {"weight_decay": 0.1, "opt": "adamw"}, keep_optimizer=False)
+    with pytest.raises(ValueError, match="written by an older semivim"):
+        check_unchanged({k: v for k, v in RUN.items() if k != "labelled_per_update"}, RUN, keep_optimizer=True)
+
+
+def test_what_args_yaml_writes_another_way_is_no_change():
+    saved = RUN | {"opt_kwargs": {"betas": (0.9, 0.95)}, "labeled_list": "labels.txt"}
+    check_unchanged(
+        saved, RUN | {"opt_kwargs": {"betas": [0.9, 0.95]}, "labeled_list": os.path.abspath("labels.txt")}, True
+    )
+    with pytest.raises(ValueError, match="--labeled-list is .*other.txt, but .*labels.txt"):
+        check_unchanged(saved, saved | {"labeled_list": "other.txt"}, True)
 
 
 def test_flags_that_are_watched_exist():
