@@ -6,8 +6,8 @@
 
 Fashion-MNIST as Debian's ``dataset-fashion-mnist`` ships it becomes DIR by
 ``mkdir -p DIR/FashionMNIST/raw; for f in /usr/share/datasets/fashion-mnist/*.gz; do gunzip -c $f >
-DIR/FashionMNIST/raw/$(basename ${f%.gz}); done``. Runs that are there already are read, not repeated. Words that are
-not flags here go to train_ssl.py.
+DIR/FashionMNIST/raw/$(basename ${f%.gz}); done``. Runs that are there already are read, not repeated, and
+interrupted ones go on. Words that are not flags here go to train_ssl.py.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def train(method: str, seed: int, output: Path, extra: list[str]) -> dict:
     folder = output / f"{method}-{seed}"
     if not (folder / "metrics.json").exists():
         view = [] if method == "supervised" else STRONG_VIEW
-        flags = [*view, "--output", str(output), "--experiment", folder.name, "--seed", str(seed), "--fold", str(seed)]
+        flags = [*view, "--output", str(output), "--experiment", folder.name, "--resume", "auto"]
+        flags += ["--seed", str(seed), "--fold", str(seed)]
         subprocess.run(
             [sys.executable, str(ROOT / "train_ssl.py"), *flags, *extra, *METHODS[method]],
             env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"},
