@@ -294,6 +294,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
         device = init_distributed_device(args)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"--device {args.device}: {one_line(error)}") from error
+    if args.distributed:
+        stack.callback(torch.distributed.destroy_process_group)  # gloo's threads abort a process that just ends
     random_seed(args.seed)  # alike on all ranks, which start from one student and one teacher
 
     # Checkpoint to resume
@@ -418,8 +420,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
         evaluate, loader=eval_loader, num_classes=num_classes, device=device, autocast=autocast, train_counts=counts
     )
     skipped_in_a_row = 0
-    student: dict[str, Any] = {}
-    teacher: dict[str, Any] = {}
+    student, teacher = dict[str, Any](), dict[str, Any]()
     for epoch in range(task.num_epochs, epochs):
         task.train()
         if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
@@ -449,8 +450,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
                     saver.save_recovery(epoch, task.num_updates)
 
         task.unreadable = sum_over_ranks(loader.unreadable)
-        metric = None
-        student, teacher = {}, {}
+        metric, student, teacher = None, {}, {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             if saver:
                 saver.save_recovery(epoch, task.num_updates)  # a kill while evaluating must not cost the epoch
