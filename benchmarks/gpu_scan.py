@@ -177,7 +177,7 @@ def main() -> None:
     properties = torch.cuda.get_device_properties(0)
     print(f"{properties.name}, torch {torch.__version__}, semivim {semivim.__version__}")
     for name, state in available_backends("cuda").items():
-        print(f"  {name}: {state}")
+        print(f"  {name}: {state!s}")
     dtype = getattr(torch, args.dtype)
     compare_inner(dtype, args.repeats)
     compare_models(dtype, args.repeats)

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from semivim.ops import bidirectional_conv, bidirectional_scan, scan_numba, selective_scan, vector_numba
+from semivim.ops import Direction, scan_numba, selective_scan, vector_numba
+from semivim.ops.causal_conv import causal_conv
 from semivim.ops.linear import linear
+from semivim.ops.scan import scan
 
 
 def least_s(call: Callable[[], object], repeats: int) -> float:
@@ -92,6 +94,16 @@ def block_inputs(b: int, l: int, d: int, n: int) -> list[Tensor]:
     A = [-torch.arange(1.0, n + 1).repeat(d, 1) for _ in range(2)]
     tensors = *rows, *weights, gate, *A, *(torch.ones(d) for _ in range(2)), *(torch.full((d,), -4.0) for _ in range(2))
     return [x.requires_grad_() for x in tensors]
+
+
+def both_scans(*operands: Tensor) -> Tensor:
+    """Both directions as Vim's mixer scans them; operands as `block_inputs` gives them."""
+    f, g = (Direction(*operands[k:6:2], *operands[7 + k :: 2], reverse=bool(k)) for k in (0, 1))
+    return scan([f, g], operands[6], None, 0.5)
+
+
+def both_convs(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return tuple(causal_conv(x, [(weights[0], weights[1]), (weights[2], weights[3])], [False, True]))
 
 
 def both_passes(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor]) -> Callable[[], object]:
@@ -185,8 +197,8 @@ def stages(shape: tuple[int, int, int, int], repeats: int, limits: Limits) -> fl
     # Tensors of b l d moved: read u, delta (both directions) and z, write one; backward read those and the gradient,
     # write five. Exponentials: two a state in all, and two or three a channel for softplus and gates.
     for name, function, operands, moved, exponentials in (
-        ("scans", bidirectional_scan, inputs, (6, 17), (2 * states + 5 * tensor / 4, 4 * states + 13 * tensor / 4)),
-        ("convolutions", bidirectional_conv, [x, *taps], (3, 7), (2 * tensor / 4, 4 * tensor / 4)),
+        ("scans", both_scans, inputs, (6, 17), (2 * states + 5 * tensor / 4, 4 * states + 13 * tensor / 4)),
+        ("convolutions", both_convs, [x, *taps], (3, 7), (2 * tensor / 4, 4 * tensor / 4)),
     ):
         forward = least_s(forward_only(function, operands), repeats)
         total = least_s(both_passes(function, operands), repeats)
@@ -218,7 +230,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    assert not scan_numba.unavailable(torch.device("cpu"))
+    assert scan_numba.unavailable(torch.device("cpu")) is None
     limits = Limits(exps_per_s(), copy_bytes_per_s(), gemm_per_s(linear))
     print(f"torch {torch.__version__}, one thread: {limits.exps / 1e9:.1f} G exponentials/s,", end=" ")
     print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, GEMM {limits.gemm / 1e9:.0f} GFLOP/s", end=" ")

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 import semivim
 from semivim.layers import mamba
+from semivim.layers.ssmixup_readout import SSMIXUP_C
 
 BATCH, SIZE = 8, 224
 
@@ -60,16 +61,13 @@ def step(model: nn.Module, x: Tensor, *mix: Tensor) -> None:
 def scan_by(function: Callable[..., Tensor]) -> Iterator[None]:
     """Let the mixer scan each direction with a function of u, delta, A, B, C (see benchmarks/scan.py)."""
 
-    def one_way(u, delta, bc, A, delta_bias, reverse):
-        u, delta, bc = (v.flip(1) if reverse else v for v in (u, delta, bc))
-        s = function(u, F.softplus(delta + delta_bias), A, *bc.chunk(2, -1))
-        return s.flip(1) if reverse else s
+    def read_out(f):
+        u, delta, bc = (x.flip(1) if f.reverse else x for x in (f.u, f.delta, f.bc))
+        s = function(u, F.softplus(delta + f.delta_bias), f.A, *bc.chunk(2, -1))
+        return (s.flip(1) if f.reverse else s) + f.D * f.u
 
-    def scan(operands, _psi, _nu):
-        u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b = operands
-        s = one_way(u, delta, bc, A, bias, False)
-        s_b = one_way(u_b, delta_b, bc_b, A_b, bias_b, True)
-        return F.silu(z) * (s + D * u + s_b + D_b * u_b) / 2
+    def scan(directions, z, _mix, scale):
+        return scale * F.silu(z) * sum(read_out(f) for f in directions)
 
     ours, mamba.scan = mamba.scan, scan
     try:
@@ -111,7 +109,7 @@ def compare_224(repeats: int) -> None:
 def compare_mixing(repeats: int) -> None:
     x, psi, nu = torch.randn(BATCH, 3, SIZE, SIZE), torch.rand(BATCH), torch.full((BATCH,), 0.1)
     runs: dict[str, Callable[[], object]] = {}
-    for reading in mamba.SSMIXUP_C:
+    for reading in SSMIXUP_C:
         model = timm.create_model("semivim_tiny", depth=4, ssmixup_c=reading)
         if not runs:
             runs["no mixing"] = partial(step, model, x)

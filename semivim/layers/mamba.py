@@ -13,31 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semivim.layers.linear import Linear
-from semivim.ops import onnx_graph
-from semivim.ops.causal_conv import bidirectional_conv
-from semivim.ops.scan import bidirectional_scan, selective_scan
-
-SSMIXUP_C = ("own", "fwd", "bwd", "mean")
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor) -> tuple[Tensor, Tensor]:
-    """`bidirectional_conv`; while the ONNX exporter traces, torch operations that it can translate."""
-    # Nested, as TorchScript compiles what stands behind an `and`.
-    if not torch.jit.is_scripting():  # noqa: SIM102
-        if torch.onnx.is_in_onnx_export():
-            return onnx_graph.bidirectional_conv(x, weight, bias, weight_b, bias_b)
-    return bidirectional_conv(x, weight, bias, weight_b, bias_b)
-
-
-def scan(operands: list[Tensor], psi: Tensor | None, nu: Tensor | None) -> Tensor:
-    """`bidirectional_scan` of its thirteen operands; while the ONNX exporter traces, one Scan node."""
-    u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b = operands
-    if not torch.jit.is_scripting():  # noqa: SIM102
-        if torch.onnx.is_in_onnx_export():
-            return onnx_graph.bidirectional_scan(
-                u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b, psi, nu
-            )
-    return bidirectional_scan(u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, bias, bias_b, psi, nu)
+from semivim.layers.plain_module import is_plain
+from semivim.layers.ssmixup_readout import SSMIXUP_C, add_crossed_readout, own_readout_weights
+from semivim.ops.causal_conv import causal_conv
+from semivim.ops.scan import Direction, scan
 
 
 @register_notrace_function
@@ -47,61 +26,11 @@ def decay_rate(A_log: Tensor) -> Tensor:
     return -torch.exp(wide)
 
 
-@register_notrace_function
-def readout_weights(reading: str, psi: Tensor | None, nu: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Weights with which each direction's own read-out enters ``nu C h_mix``; None passes through.
-
-    Returns:
-        psi' and nu' such that ``nu' (psi' s_f + (1 - psi') s_b)`` is that part of Semi-ViM Eq. (16).
-    """
-    if psi is None or nu is None or reading == "own":
-        return psi, nu
-    if reading == "fwd":
-        return torch.ones_like(psi), nu * psi
-    if reading == "bwd":
-        return torch.zeros_like(psi), nu * (1 - psi)
-    return psi, nu / 2
-
-
-def crossed_scan(operands: list[Tensor], bc_other: Tensor, reverse: bool) -> Tensor:
-    """``<C_t, h_t>`` of one direction's states and the other direction's C, ``(b, l, e)``."""
-    u, delta, bc, A, delta_bias = operands
-    n = A.shape[1]
-    B, C = bc[..., :n].transpose(1, 2), bc_other[..., n:].transpose(1, 2)
-    s = selective_scan(u.transpose(1, 2), delta.transpose(1, 2), A, B, C, None, None, delta_bias, True, reverse)
-    return s.transpose(1, 2)
-
-
-@register_notrace_function
-def add_crossed_readout(
-    y: Tensor,
-    reading: str,
-    forward: list[Tensor],
-    backward: list[Tensor],
-    psi: Tensor | None,
-    nu: Tensor | None,
-) -> Tensor:
-    """Add the part of ``nu C h_mix / 2`` that reads one direction's states with the other direction's C.
-
-    Args:
-        y: The mixer's output so far, ``(b, l, e)``.
-        reading: One of `SSMIXUP_C`.
-        forward: u ``(b, l, e)``, delta ``(b, l, e)``, [B | C] ``(b, l, 2n)``, A ``(e, n)``, bias of delta ``(e,)``.
-        backward: The same of the backward direction, at the same tokens.
-        psi: Share of the forward states, ``(b,)``.
-        nu: Strength of the mixed states, ``(b,)``.
-    """
-    if psi is None or nu is None or reading == "own":
-        return y
-    psi, nu = psi.detach(), nu.detach()  # constants of a step, as in the op that adds the other part
-    strength = nu / 4 if reading == "mean" else nu / 2
-    if reading != "fwd":
-        s = crossed_scan(forward, backward[2], False)
-        y = y + ((strength * psi).view(-1, 1, 1) * s).to(y.dtype)
-    if reading != "bwd":
-        s = crossed_scan(backward, forward[2], True)
-        y = y + ((strength * (1 - psi)).view(-1, 1, 1) * s).to(y.dtype)
-    return y
+def call_conv(conv: nn.Module, x: Tensor, reverse: bool) -> Tensor:
+    """Apply a causal convolution and SiLU to ``(b, l, e)`` by calling the module, on flipped tokens if reversed."""
+    x = x.flip(1) if reverse else x
+    u = F.silu(conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+    return u.flip(1) if reverse else u
 
 
 class BidirectionalMamba(nn.Module):
@@ -110,9 +39,7 @@ class BidirectionalMamba(nn.Module):
     ``y = (SiLU(z) (s_f + D u_f + s_b + D_b u_b) + nu C h_mix) / 2``, with ``s_t = <C_t, h_t>`` of each direction and
     ``h_mix = psi h_f + (1 - psi) h_b``. The halving is Vim's ``if_divide_out``; ``nu C h_mix`` stands inside it.
 
-    Semi-ViM writes one C for both directions where Vim has two, so ``ssmixup_c`` says which C reads ``h_mix``: each
-    direction's ``own`` (no extra scan, equal to the paper wherever both C are one), the forward one (``fwd``), the
-    backward one (``bwd``) or the ``mean`` of these two.
+    ``ssmixup_c`` says which C reads ``h_mix`` (see `semivim.layers.ssmixup_readout`).
 
     Args:
         dim: Channels of the tokens.
@@ -150,7 +77,6 @@ class BidirectionalMamba(nn.Module):
         self.A_b_log = nn.Parameter(torch.empty(inner, d_state, **dd))
         self.D_b = nn.Parameter(torch.empty(inner, **dd))
         self.in_proj = Linear(dim, 2 * inner, **dd)
-        # The convolutions and step-size projections hold parameters only: the ops of forward apply them.
         self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, **dd)
         self.x_proj = Linear(inner, rank + 2 * d_state, **dd)
         self.dt_proj = nn.Linear(rank, inner, **dd)
@@ -195,18 +121,47 @@ class BidirectionalMamba(nn.Module):
             ``(b, l, d)``.
         """
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        conv_bias, conv_bias_b = self.conv1d.bias, self.conv1d_b.bias
-        assert conv_bias is not None and conv_bias_b is not None
-        u, u_b = convolve(u, self.conv1d.weight, conv_bias, self.conv1d_b.weight, conv_bias_b)
+        u, u_b = self.convolve(u)
+        f, g = self.direction(u, False), self.direction(u_b, True)
+        y = scan([f, g], z, own_readout_weights(self.ssmixup_c, psi, nu), 0.5)
+        return self.out_proj(add_crossed_readout(y, self.ssmixup_c, f, g, psi, nu))
+
+    def convolve(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolve tokens causally in both directions: ``(b, l, e)`` to u and u_b, ``(b, l, e)`` each."""
+        # A script cannot ask what a module is, so it calls it.
+        if torch.jit.is_scripting():
+            u = F.silu(self.conv1d(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+            u_b = F.silu(self.conv1d_b(x.flip(1).transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2).flip(1)
+            return u, u_b
+        f, g = self.conv1d, self.conv1d_b
+        if is_plain(f, nn.Conv1d) and is_plain(g, nn.Conv1d):
+            assert f.bias is not None and g.bias is not None
+            outputs = causal_conv(x, [(f.weight, f.bias), (g.weight, g.bias)], [False, True])
+            return outputs[0], outputs[1]
+        return call_conv(f, x, False), call_conv(g, x, True)
+
+    def direction(self, u: Tensor, reverse: bool) -> Direction:
+        """Project one direction's convolved tokens to the operands of its scan.
+
+        Args:
+            u: Convolved tokens, ``(b, l, e)``.
+            reverse: Whether it is the backward direction, with the ``*_b`` parameters.
+
+        Returns:
+            The operands; results of the scan stay at their tokens.
+        """
         r = self.dt_rank
-        dbc, dbc_b = self.x_proj(u), self.x_proj_b(u_b)  # [dt | B | C]
-        bc, bc_b = dbc[..., r:], dbc_b[..., r:]
-        # The scan adds the bias of delta itself, in float32.
-        delta = F.linear(dbc[..., :r], self.dt_proj.weight)
-        delta_b = F.linear(dbc_b[..., :r], self.dt_proj_b.weight)
-        A, A_b = decay_rate(self.A_log), decay_rate(self.A_b_log)
-        bias, bias_b = self.dt_proj.bias, self.dt_proj_b.bias
-        psi_own, nu_own = readout_weights(self.ssmixup_c, psi, nu)
-        y = scan([u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, self.D, self.D_b, bias, bias_b], psi_own, nu_own)
-        y = add_crossed_readout(y, self.ssmixup_c, [u, delta, bc, A, bias], [u_b, delta_b, bc_b, A_b, bias_b], psi, nu)
-        return self.out_proj(y)
+        dbc = self.x_proj_b(u) if reverse else self.x_proj(u)  # [dt | B | C]
+        A = decay_rate(self.A_b_log if reverse else self.A_log)
+        D = self.D_b if reverse else self.D
+        if torch.jit.is_scripting():
+            delta = self.dt_proj_b(dbc[..., :r]) if reverse else self.dt_proj(dbc[..., :r])
+            bias = torch.zeros_like(D)
+        else:
+            dt_proj = self.dt_proj_b if reverse else self.dt_proj
+            if is_plain(dt_proj, nn.Linear):
+                # The scan adds the bias itself, in float32.
+                delta, bias = F.linear(dbc[..., :r], dt_proj.weight), dt_proj.bias
+            else:
+                delta, bias = dt_proj(dbc[..., :r]), torch.zeros_like(D)
+        return Direction(u, delta, dbc[..., r:], A, D, bias, reverse)

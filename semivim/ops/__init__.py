@@ -1,7 +1,10 @@
-"""The selective scan and its causal convolution, on every device."""
+"""The selective scan and its causal convolution, on every device.
 
+`scan` and `causal_conv` are in the modules of their names, `semivim.ops.scan` and `semivim.ops.causal_conv`.
+"""
+
+from .backends import BackendState as BackendState
 from .backends import available_backends as available_backends
 from .backends import use_backend as use_backend
-from .causal_conv import bidirectional_conv as bidirectional_conv
-from .scan import bidirectional_scan as bidirectional_scan
 from .scan import selective_scan as selective_scan
+from .scan_reference import Direction as Direction

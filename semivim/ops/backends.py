@@ -42,8 +42,8 @@ def _module(op: str, name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{op}_{name}")
 
 
-def _unavailable(op: str, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """Return why a backend cannot run an op on a device, "" if it can."""
+def _unavailable(op: str, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Return why a backend cannot run an op on a device, None if it can."""
     backend = _BACKENDS[name]
     if dtype == torch.float64 and name != "reference":
         return "only the reference keeps float64"
@@ -65,14 +65,27 @@ def _automatic(op: str, device: torch.device, dtype: torch.dtype = torch.float32
     return "reference"
 
 
-def available_backends(device: str | torch.device | None = None) -> dict[str, str]:
+class BackendState(NamedTuple):
+    """Whether a backend of the scan can run."""
+
+    available: bool
+    chosen_for: tuple[str, ...]  # types of devices for which it is chosen
+    reason: str | None  # why it cannot run
+
+    def __str__(self) -> str:
+        if not self.available:
+            return str(self.reason)
+        return f"available, chosen for {' and '.join(self.chosen_for)}" if self.chosen_for else "available"
+
+
+def available_backends(device: str | torch.device | None = None) -> dict[str, BackendState]:
     """Say for each backend of the scan whether it can run.
 
     Args:
         device: Where it would run; the CPU and, if there is one, the first GPU when not given.
 
     Returns:
-        By name: ``"available"``, ``"available, chosen for <device>"``, or the reason why it cannot run.
+        The state of each backend by its name, in the order of preference; ``str(state)`` is a sentence.
 
     Raises:
         ValueError: If the environment asks for a backend that does not exist.
@@ -83,11 +96,10 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
     report = {}
     for name in _BACKENDS:
         reasons = [_unavailable("scan", name, place) for place in devices]
-        chosen = [place.type for place in devices if resolve("scan", "auto", place) == name and "" in reasons]
-        if chosen:
-            report[name] = f"available, chosen for {' and '.join(chosen)}"
-        else:
-            report[name] = "available" if "" in reasons else "; ".join(dict.fromkeys(reasons))
+        available = None in reasons
+        chosen = tuple(place.type for place in devices if available and resolve("scan", "auto", place) == name)
+        reason = None if available else "; ".join(dict.fromkeys(str(r) for r in reasons))
+        report[name] = BackendState(available, chosen, reason)
     return report
 
 
@@ -154,10 +166,15 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> M
     return _module(op, name)
 
 
+def resolved_module(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """Return the module that `resolve` names, whether or not it can run; arguments as of `resolve`."""
+    return _module(op, resolve(op, backend, device, dtype))
+
+
 def of_forward(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend of an op's backward: the forward's, whatever `use_backend` says by then.
 
-    Some forwards leave states that only their own backward can use. A compiled program keeps the choice open, as its
+    What a forward saves can be read by its own backward only. A compiled program keeps the choice open, as its
     forward does.
     """
     return backend if torch.compiler.is_compiling() else resolve(op, backend, device, dtype)

@@ -1,118 +1,127 @@
-"""Causal and anti-causal depthwise convolution with SiLU, channel-last, without flipped or transposed copies.
+"""Causal depthwise convolution with SiLU, channel-last, in one or both directions, without flipped copies.
 
 Dimensions: b images, l tokens, d channels, k taps. A backend is a module `conv_<name>` (listed in `backends.py`) with
-`unavailable(device)`, `bidirectional_conv_forward` and `bidirectional_conv_backward`, signatures as in
-`conv_reference`; outputs and gradients are contiguous, freshly allocated, in the dtype of what they belong to.
+the functions of `conv_reference`, of the same signatures: `unavailable`, `forward` and `backward`. Outputs and
+gradients are contiguous, freshly allocated, in the dtype of what they belong to.
 """
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from . import onnx_graph
 from .backends import choose, of_forward
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor) -> None:
-    """Name the argument whose shape does not fit."""
+def _check(x: Tensor, weights: list[Tensor], reverse: list[bool]) -> None:
+    """Name the argument that does not fit."""
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x must be (b, l, d) of a floating dtype, got {tuple(x.shape)} of {x.dtype}")
-    for name, w in (("weight", weight), ("bias", bias), ("weight_b", weight_b), ("bias_b", bias_b)):
+    if len(weights) != 2 * len(reverse) or list(reverse) not in ([False], [True], [False, True], [True, False]):
+        raise ValueError(
+            f"weights must be one pair (weight, bias), or two that run in opposite directions, got {len(weights) // 2} "
+            f"with reverse = {list(reverse)}"
+        )
+    d, taps = x.shape[2], weights[0].shape[-1]
+    for i, w in enumerate(weights):
+        name = f"weights[{i // 2}][{i % 2}]"
         if w.device != x.device or not w.is_floating_point():
             raise ValueError(f"{name} must be of a floating dtype on {x.device} as x is, got {w.dtype} on {w.device}")
-    d = x.shape[2]
-    if weight.dim() != 3 or weight.shape[0] != d or weight.shape[1] != 1 or weight.shape[2] == 0:
-        raise ValueError(f"weight must be (d, 1, k) = ({d}, 1, k), got {tuple(weight.shape)}")
-    if weight_b.shape != weight.shape:
-        raise ValueError(f"weight_b must be (d, 1, k) = {tuple(weight.shape)}, got {tuple(weight_b.shape)}")
-    for name, offset in (("bias", bias), ("bias_b", bias_b)):
-        if tuple(offset.shape) != (d,):
-            raise ValueError(f"{name} must be (d,) = ({d},), got {tuple(offset.shape)}")
+        if i % 2 == 0 and (tuple(w.shape) != (d, 1, taps) or taps == 0):
+            raise ValueError(f"{name} must be (d, 1, k) = ({d}, 1, {taps or 'k'}), got {tuple(w.shape)}")
+        if i % 2 == 1 and tuple(w.shape) != (d,):
+            raise ValueError(f"{name} must be (d,) = ({d},), got {tuple(w.shape)}")
+
+
+def _pairs(weights: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(weights[::2], weights[1::2], strict=True))
 
 
 def _new(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("semivim::bidirectional_conv", mutates_args=())
-def _bidirectional_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    _check(x, weight, bias, weight_b, bias_b)
+@torch.library.custom_op("semivim::causal_conv", mutates_args=())
+def _causal_conv(x: Tensor, weights: list[Tensor], reverse: list[bool], backend: str) -> list[Tensor]:
+    _check(x, weights, reverse)
     module = choose("conv", backend, x.device, x.dtype)
     if x.numel() == 0:
-        return _new(x), _new(x)
-    return module.bidirectional_conv_forward(x, weight, bias, weight_b, bias_b)
+        return [_new(x) for _ in reverse]
+    return module.forward(x, _pairs(weights), reverse)
 
 
-@_bidirectional_conv.register_fake
-def _bidirectional_conv_fake(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    _check(x, *weights[:4])
-    return _new(x), _new(x)
+@_causal_conv.register_fake
+def _causal_conv_fake(x, weights, reverse, backend):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    _check(x, weights, reverse)
+    return [_new(x) for _ in reverse]
 
 
-@torch.library.custom_op("semivim::bidirectional_conv_backward", mutates_args=())
-def _bidirectional_conv_backward(
-    grad: Tensor,
-    grad_b: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    weight_b: Tensor,
-    bias_b: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    module = choose("conv", backend, x.device, x.dtype)
+@torch.library.custom_op("semivim::causal_conv_backward", mutates_args=())
+def _causal_conv_backward(
+    grads: list[Tensor], x: Tensor, weights: list[Tensor], reverse: list[bool], backend: str
+) -> list[Tensor]:
+    """Gradients of x and the weights."""
     if x.numel() == 0:
-        return _new(x), *(torch.zeros_like(w) for w in (weight, bias, weight_b, bias_b))  # type: ignore[return-value]
-    return module.bidirectional_conv_backward(grad, grad_b, x, weight, bias, weight_b, bias_b)
+        return [_new(x), *(torch.zeros_like(w) for w in weights)]
+    dx, gradients = choose("conv", backend, x.device, x.dtype).backward(grads, x, _pairs(weights), reverse)
+    return [dx, *(g for pair in gradients for g in pair)]
 
 
-@_bidirectional_conv_backward.register_fake
-def _bidirectional_conv_backward_fake(
-    grad: Tensor,  # noqa: ARG001
-    grad_b: Tensor,  # noqa: ARG001
-    *operands: Tensor,
-) -> tuple[Tensor, ...]:
-    return tuple(_new(operand) for operand in operands[:5])
+@_causal_conv_backward.register_fake
+def _causal_conv_backward_fake(grads, x, weights, reverse, backend):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return [_new(x), *(_new(w) for w in weights)]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001
-    *tensors, backend = inputs
-    ctx.backend = of_forward("conv", backend, tensors[0].device, tensors[0].dtype)
-    ctx.save_for_backward(*tensors)
+    x, weights, ctx.reverse, backend = inputs
+    ctx.backend = of_forward("conv", backend, x.device, x.dtype)
+    ctx.save_for_backward(x, *weights)
 
 
-def _differentiate(ctx, grad, grad_b):  # type: ignore[no-untyped-def]
-    return (*torch.ops.semivim.bidirectional_conv_backward(grad, grad_b, *ctx.saved_tensors, ctx.backend), None)
+def _differentiate(ctx, grads):  # type: ignore[no-untyped-def]
+    x, *weights = ctx.saved_tensors
+    dx, *gradients = torch.ops.semivim.causal_conv_backward(grads, x, weights, ctx.reverse, ctx.backend)
+    return dx, gradients, None, None
 
 
-_bidirectional_conv.register_autograd(_differentiate, setup_context=_save)
+_causal_conv.register_autograd(_differentiate, setup_context=_save)
 
 
-def bidirectional_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """u_t = SiLU(bias + sum_j w_j x_{t-(k-1)+j});  u_b,t = SiLU(bias_b + sum_j w_b,j x_{t+(k-1)-j}).
+@register_flop_formula(torch.ops.semivim.causal_conv)
+def conv_flops(x_shape, weight_shapes, reverse, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    """Count a multiplication and an addition a tap."""
+    b, l, d = x_shape
+    return 2 * len(reverse) * b * l * d * weight_shapes[0][-1]
 
-    Zeros stand before the first and after the last token. The second convolution equals the first kind run on the
-    flipped sequence and flipped back, without the flips.
+
+def causal_conv(
+    x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool], backend: str | None = None
+) -> list[Tensor]:
+    """u_t = SiLU(bias + sum_j w_j x_{t-(k-1)+j}), or with x_{t+(k-1)-j} where reversed.
+
+    Zeros stand before the first and after the last token. The reversed form equals the first one run on the flipped
+    sequence and flipped back, without the flips.
 
     Args:
         x: Input, ``(b, l, d)``, any float dtype; rows may be strided, e.g. half of a projection's output.
-        weight: Taps of the causal convolution, ``(d, 1, k)``, as in ``nn.Conv1d``.
-        bias: ``(d,)``.
-        weight_b: Taps of the anti-causal convolution, ``(d, 1, k)``.
-        bias_b: ``(d,)``.
+        weights: Per direction the taps ``(d, 1, k)``, as in ``nn.Conv1d``, and the bias ``(d,)``; one direction, or two
+            opposite ones.
+        reverse: Per direction whether it runs from the last token to the first.
         backend: One of `available_backends`, or None to choose.
 
     Returns:
-        u and u_b, contiguous ``(b, l, d)``, in the dtype of ``x``.
+        The output of each direction, contiguous ``(b, l, d)``, in the dtype of ``x``.
 
     Raises:
         ValueError: If a shape, device or dtype does not fit, or the named backend cannot run.
 
     Source: Zhu et al. 2024 (Vision Mamba, arXiv:2401.09417), Algorithm 1.
     """
-    out = torch.ops.semivim.bidirectional_conv(
-        x, weight, bias, weight_b, bias_b, "auto" if backend is None else backend
-    )
-    return out[0], out[1]
+    # Nested, as TorchScript compiles what stands behind an `and`.
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if torch.onnx.is_in_onnx_export():
+            return onnx_graph.causal_conv(x, weights, reverse)
+    flat: list[Tensor] = []
+    for weight, bias in weights:
+        flat += [weight, bias]
+    return torch.ops.semivim.causal_conv(x, flat, reverse, "auto" if backend is None else backend)

@@ -1,16 +1,16 @@
 """Causal and anti-causal depthwise convolution with SiLU by causal-conv1d's CUDA kernels, where it is installed.
 
 Dimensions: b images, l tokens, d channels, k taps, 2 to 4 of them. causal-conv1d reads channel-last rows as they lie;
-the second direction runs on flipped ones. Its autograd function is called by its two halves, as in `scan_cuda`, with
-names and arguments that every release has.
+a direction from the last token to the first runs on flipped ones. Its autograd function is called by its two halves,
+as in `scan_cuda`, with names and arguments that every release has.
 """
 
+import torch
 from causal_conv1d.causal_conv1d_interface import CausalConv1dFn
 from torch import Tensor
 
-from .scan_cuda import Context, unavailable
-
-__all__ = ["bidirectional_conv_backward", "bidirectional_conv_forward", "unavailable"]
+from .cuda_call import Context
+from .cuda_call import unavailable as unavailable
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -30,28 +30,26 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Context]:
     return u.transpose(1, 2), context
 
 
-def bidirectional_conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return u and u_b, contiguous ``(b, l, d)``."""
-    u, _ = _forward(x, weight, bias)
-    u_b, _ = _forward(x.flip(1), weight_b, bias_b)
-    return u.contiguous(), u_b.flip(1).contiguous()
+def _oriented(x: Tensor, reverse: bool) -> Tensor:
+    return x.flip(1) if reverse else x
 
 
-def bidirectional_conv_backward(
-    grad: Tensor, grad_b: Tensor, x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight, bias, weight_b, bias_b for those of u and u_b."""
-    _, context = _forward(x, weight, bias)
-    dx, dweight, dbias, *_ = CausalConv1dFn.backward(context, _rows(grad))
-    _, context = _forward(x.flip(1), weight_b, bias_b)
-    dx_b, dweight_b, dbias_b, *_ = CausalConv1dFn.backward(context, _rows(grad_b.flip(1)))
-    total = dx.transpose(1, 2).float() + dx_b.transpose(1, 2).flip(1).float()
-    return (
-        total.to(x.dtype).contiguous(),
-        dweight[:, None],
-        dbias.to(bias.dtype),
-        dweight_b[:, None],
-        dbias_b.to(bias_b.dtype),
-    )
+def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]) -> list[Tensor]:
+    """Return the output of each direction, contiguous ``(b, l, d)``."""
+    return [
+        _oriented(_forward(_oriented(x, back), weight, bias)[0], back).contiguous()
+        for (weight, bias), back in zip(weights, reverse, strict=True)
+    ]
+
+
+def backward(
+    grads: list[Tensor], x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return the gradients of x and of each direction's weight and bias."""
+    dx, gradients = [], []
+    for grad, (weight, bias), back in zip(grads, weights, reverse, strict=True):
+        _, context = _forward(_oriented(x, back), weight, bias)
+        dx_k, dweight, dbias, *_ = CausalConv1dFn.backward(context, _rows(_oriented(grad, back)))
+        dx.append(_oriented(dx_k.transpose(1, 2), back).float())
+        gradients.append((dweight[:, None], dbias.to(bias.dtype)))
+    return sum(dx[1:], dx[0]).to(x.dtype, copy=True, memory_format=torch.contiguous_format), gradients

@@ -1,8 +1,9 @@
 # mypy: ignore-errors
-"""Kernels of both causal convolutions with SiLU, sixteen channels in the lanes of a vector, rows read where they lie.
+"""Kernels of the causal convolution with SiLU in one or both directions, rows read where they lie.
 
-A task is one image and one block of channels. The backward walks the tokens once: it keeps the gradients of the last k
-sums in a ring and recomputes the sums. Gradients of weights and biases are summed over tokens per image.
+Sixteen channels are in the lanes of a vector. A task is one image and one block of channels. The backward walks the
+tokens once: it keeps the gradients of the last k sums in a ring and recomputes the sums. Gradients of weights and
+biases are summed over tokens per image.
 """
 
 from .vector_numba import (
@@ -25,11 +26,13 @@ GROUPS = 4  # vectors of channels in a task
 AHEAD = 24  # tokens; rows lie too far apart for a processor to guess them
 BLOCK = GROUPS * LANES
 
-# Addresses and strides in bytes. `weights` holds float32 (2, k + 1, lanes): for each direction the taps and, last, the
+# Addresses and strides in bytes; u and grad are 0 where the causal direction is absent, u_b and grad_b where the other
+# one is. `weights` holds float32 (2, k + 1, lanes): for each direction the taps and, last, the
 # bias; `dweights` the same per image. `ring` is a power of two that holds k tokens.
 CALL = record(
     *("tokens", "channels", "lanes", "blocks", "taps", "ring", "size", "weights", "dweights", "dx", SOURCE),
-    *(f"{name}{part}" for name in ("x", "u", "u_b", "grad", "grad_b") for part in ("", "_image", "_token")),
+    *(f"{name}{part}" for name in ("x", "grad", "grad_b") for part in ("", "_image", "_token")),
+    *("u", "u_b"),
 )
 
 
@@ -59,11 +62,13 @@ def forward(kind, calls, begin, end):
                 x = call.x + image * call.x_image + c * call.size
                 prefetch(x + (token + AHEAD) * call.x_token)
                 ahead = call.weights + 4 * c
-                out = image * call.u_image + token * call.u_token + c * call.size
-                s = _sum(kind, call, x, token, lanes, ahead, False)
-                store_lanes(kind, call.u + out, lanes, s * sigmoid(s))
-                s = _sum(kind, call, x, token, lanes, ahead + (call.taps + 1) * call.lanes * 4, True)
-                store_lanes(kind, call.u_b + out, lanes, s * sigmoid(s))
+                out = ((image * call.tokens + token) * call.channels + c) * call.size
+                if call.u:
+                    s = _sum(kind, call, x, token, lanes, ahead, False)
+                    store_lanes(kind, call.u + out, lanes, s * sigmoid(s))
+                if call.u_b:
+                    s = _sum(kind, call, x, token, lanes, ahead + (call.taps + 1) * call.lanes * 4, True)
+                    store_lanes(kind, call.u_b + out, lanes, s * sigmoid(s))
 
 
 @compiled
@@ -93,14 +98,16 @@ def _backward_token(kind, call, image, c, now, ring):
     weights, dweights = call.weights + 4 * c, call.dweights + 4 * c + image * 2 * direction
     ring_b, wrap = ring + call.ring * WIDTH, call.ring - 1
     ds = splat(0.0)
-    if now < call.tokens:
+    if call.grad and now < call.tokens:
         grad = call.grad + image * call.grad_image + now * call.grad_token + c * call.size
         ds = _into_sum(kind, call, x, grad, now, lanes, weights, dweights, False)
     store(ring + (now & wrap) * WIDTH, ds)
     if token < 0:
         return
-    grad = call.grad_b + image * call.grad_b_image + token * call.grad_b_token + c * call.size
-    ds = _into_sum(kind, call, x, grad, token, lanes, weights + direction, dweights + direction, True)
+    ds = splat(0.0)
+    if call.grad_b:
+        grad = call.grad_b + image * call.grad_b_image + token * call.grad_b_token + c * call.size
+        ds = _into_sum(kind, call, x, grad, token, lanes, weights + direction, dweights + direction, True)
     store(ring_b + (token & wrap) * WIDTH, ds)
     dx = splat(0.0)
     for j in range(call.taps):

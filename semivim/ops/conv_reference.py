@@ -1,4 +1,4 @@
-"""Causal and anti-causal depthwise convolution with SiLU in plain torch: what faster backends are tested against.
+"""Causal depthwise convolution with SiLU, in either direction, in plain torch: what faster backends are tested against.
 
 Dimensions: b images, l tokens, d channels, k taps. Sums are float32 (float64 for float64 inputs).
 """
@@ -7,47 +7,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scan_reference import state_dtype, unavailable
 
-__all__ = ["bidirectional_conv_backward", "bidirectional_conv_forward", "unavailable"]
-
-
-def bidirectional_conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return u and u_b, contiguous ``(b, l, d)``."""
-    return tuple(F.silu(c).to(x.dtype).contiguous() for c in _convolve_both(x, weight, bias, weight_b, bias_b))  # type: ignore[return-value]
+def unavailable(device: torch.device) -> str | None:  # noqa: ARG001
+    """Return why this backend cannot run on a device; the reference always can."""
+    return None
 
 
-def _convolve_both(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both convolutions before SiLU, in the wide dtype."""
-    wide = state_dtype(x)
-    last = weight.shape[2] - 1
-    padded = F.pad(x.to(wide), [0, 0, last, last])
-    ahead, back = (
-        sum(w[:, 0, j].to(wide) * padded[:, start : start + x.shape[1]] for j, start in enumerate(starts))
-        for w, starts in ((weight, range(last + 1)), (weight_b, range(2 * last, last - 1, -1)))
-    )
-    return ahead + bias.to(wide), back + bias_b.to(wide)
+def _first_rows(taps: int, reverse: bool) -> range:
+    """By tap, the row of the padded input that it reads for the first token; taps - 1 rows of zeros stand around."""
+    last = taps - 1
+    return range(2 * last, last - 1, -1) if reverse else range(taps)
 
 
-def bidirectional_conv_backward(
-    grad: Tensor, grad_b: Tensor, x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight, bias, weight_b, bias_b for those of u and u_b."""
-    wide = state_dtype(x)
-    l, last = x.shape[1], weight.shape[2] - 1
-    padded = F.pad(x.to(wide), [0, 0, last, last])
+def _padded(x: Tensor, taps: int) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return F.pad(x.to(wide), [0, 0, taps - 1, taps - 1])
+
+
+def _convolve(padded: Tensor, weight: Tensor, bias: Tensor, reverse: bool, tokens: int) -> Tensor:
+    """The convolution before SiLU."""
+    rows = _first_rows(weight.shape[2], reverse)
+    terms = [weight[:, 0, j].to(padded.dtype) * padded[:, row : row + tokens] for j, row in enumerate(rows)]
+    return sum(terms[1:], terms[0]) + bias.to(padded.dtype)
+
+
+def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]) -> list[Tensor]:
+    """Return the output of each direction, contiguous ``(b, l, d)``; see `semivim.ops.causal_conv.causal_conv`."""
+    padded = _padded(x, weights[0][0].shape[2])
+    return [
+        F.silu(_convolve(padded, weight, bias, back, x.shape[1])).to(x.dtype).contiguous()
+        for (weight, bias), back in zip(weights, reverse, strict=True)
+    ]
+
+
+def backward(
+    grads: list[Tensor], x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return the gradients of x and of each direction's weight and bias, for those of the outputs."""
+    tokens, taps = x.shape[1], weights[0][0].shape[2]
+    padded = _padded(x, taps)
     dx = torch.zeros_like(padded)
     gradients = []
-    convolved = _convolve_both(x, weight, bias, weight_b, bias_b)
-    starts = range(last + 1), range(2 * last, last - 1, -1)
-    for g, c, w, offset, at in zip((grad, grad_b), convolved, (weight, weight_b), (bias, bias_b), starts, strict=True):
+    for grad, (weight, bias), back in zip(grads, weights, reverse, strict=True):
+        c = _convolve(padded, weight, bias, back, tokens)
         sigmoid = torch.sigmoid(c)
-        dc = g.to(wide) * sigmoid * (1 + c * (1 - sigmoid))
-        dw = torch.empty(w.shape, dtype=wide, device=w.device)
-        for j, start in enumerate(at):
-            dw[:, 0, j] = (dc * padded[:, start : start + l]).sum((0, 1))
-            dx[:, start : start + l] += dc * w[:, 0, j].to(wide)
-        gradients += [dw.to(w.dtype), dc.sum((0, 1)).to(offset.dtype)]
-    return (dx[:, last : last + l].to(x.dtype).contiguous(), *gradients)  # type: ignore[return-value]
+        dc = grad.to(padded.dtype) * sigmoid * (1 + c * (1 - sigmoid))
+        dweight = torch.empty(weight.shape, dtype=padded.dtype, device=weight.device)
+        for j, row in enumerate(_first_rows(taps, back)):
+            dweight[:, 0, j] = (dc * padded[:, row : row + tokens]).sum((0, 1))
+            dx[:, row : row + tokens] += dc * weight[:, 0, j].to(padded.dtype)
+        gradients.append((dweight.to(weight.dtype), dc.sum((0, 1)).to(bias.dtype)))
+    return dx[:, taps - 1 : taps - 1 + tokens].to(x.dtype).contiguous(), gradients

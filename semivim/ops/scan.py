@@ -1,29 +1,24 @@
-"""The selective scan and its bidirectional, gated form: shape checks, choice of backend, custom ops.
+"""The selective scan over any number of directions: shape checks, choice of backend, custom ops.
 
-Dimensions: b images, l tokens, d channels, n states. The custom ops `semivim::selective_scan` and
-`semivim::bidirectional_scan` hold memory channel-last, ``(b, l, d)`` and ``(b, l, n)``; `selective_scan` takes
-mamba-ssm's ``(b, d, l)`` and passes transposed views.
+Dimensions: b images, l tokens, d channels, n states, K directions. Tensors over tokens are channel-last, ``(b, l, d)``
+and ``(b, l, 2n)``; only `selective_scan` takes mamba-ssm's ``(b, d, l)`` and passes transposed views.
 
-A backend is a module `scan_<name>` (listed in `backends.py`) with five functions, signatures as in `scan_reference`:
-    unavailable(device) -> str                    why it cannot run there, "" if it can
-    selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> (out, states)
-    selective_scan_backward(grad, <the ten above>, states) -> gradients of the eight tensors, None for absent ones
-    bidirectional_scan_forward(ahead, back, z, psi, nu) -> (out, states)
-    bidirectional_scan_backward(grad, <the five above>, states) -> gradients of ahead, back (a `Direction` each) and z
-Tensors are channel-last with any strides and may mix dtypes. Outputs and gradients are contiguous, freshly allocated,
-in the dtype of what they belong to; every element is written; l >= 1 and b >= 1. `states`, contiguous,
-``(b, directions, ceil(l / CHUNK), n, d)``, in `state_dtype`, are the states after each chunk of tokens, counted in the
-direction of the scan; forward and backward may run in different backends, so all store the same thing. The ops flatten
-them to ``(b, -1)``: a dimension that is 1 for short inputs would tie an exported program to the length it saw.
+A backend is a module `scan_<name>` (listed in `backends.py`) with the functions of `scan_reference`, of the same
+signatures: `unavailable`, `saved_size`, `forward` and `backward`. Tensors come with any strides and may mix dtypes;
+b, l and n are at least 1. Outputs and gradients are contiguous, freshly allocated, in the dtype of what they belong to,
+and every element is written. `forward` also returns what its own `backward` needs, ``(b, saved_size(...))`` in
+`state_dtype`: flat, because a dimension that is 1 for short inputs would tie an exported program to the length it saw.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from .backends import choose, of_forward
-from .scan_reference import CHUNK, Direction, state_dtype
+from . import onnx_graph
+from .backends import choose, of_forward, resolved_module
+from .scan_reference import Direction, direction_of, last_state, operands_of, state_dtype
+
+OPERANDS = 6  # tensors of a direction
 
 
 def _check(name: str, x: Tensor | None, shape: tuple[int, ...], letters: str) -> None:
@@ -31,277 +26,193 @@ def _check(name: str, x: Tensor | None, shape: tuple[int, ...], letters: str) ->
         raise ValueError(f"{name} must be ({letters}) = {tuple(shape)}, got {tuple(x.shape)}")
 
 
-def _check_kind(u: Tensor, operands: dict[str, Tensor | None]) -> None:
-    """Name the operand that kernels could not read."""
-    for name, x in operands.items():
-        if x is not None and x.device != u.device:
-            raise ValueError(f"{name} must be on {u.device} as u is, got {x.device}")
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"{name} must have a real floating dtype, got {x.dtype}")
+def _check_kind(name: str, x: Tensor | None, u: Tensor) -> None:
+    """Name an operand that kernels could not read."""
+    if x is not None and x.device != u.device:
+        raise ValueError(f"{name} must be on {u.device} as u is, got {x.device}")
+    if x is not None and not x.is_floating_point():
+        raise ValueError(f"{name} must have a real floating dtype, got {x.dtype}")
 
 
-def _check_input(u: Tensor, A: Tensor) -> None:
+def _check_operands(operands: list[Tensor], reverse: list[bool], z: Tensor | None, mix: Tensor | None) -> None:
+    """Name the operand whose shape, device or dtype does not fit, by its direction."""
+    if not reverse or len(operands) != OPERANDS * len(reverse):
+        raise ValueError(f"directions must hold one or more of {OPERANDS} tensors each, got {len(operands)} tensors")
+    u, A = operands[0], operands[3]
     if u.dim() != 3:
-        raise ValueError(f"u must have 3 dimensions, got {tuple(u.shape)}")
+        raise ValueError(f"directions[0].u must be (b, l, d), got {tuple(u.shape)}")
     if A.dim() != 2 or A.shape[1] == 0:
-        raise ValueError(f"A must be (d, n) with n >= 1, got {tuple(A.shape)}")
+        raise ValueError(f"directions[0].A must be (d, n) with n >= 1, got {tuple(A.shape)}")
     if u.shape[1] == 0:
-        raise ValueError(f"u must have at least one token, got {tuple(u.shape)} channel-last")
-
-
-def _check_selective(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
-) -> None:
-    """Name the argument of `selective_scan` whose shape does not fit, in that function's channel-first letters."""
-    _check_input(u, A)
-    _check_kind(u, {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias})
+        raise ValueError(f"directions[0].u must have at least one token, got {tuple(u.shape)}")
     b, l, d = u.shape
     n = A.shape[1]
-    _check("A", A, (d, n), "d, n")
-    for name, x, rows, letters in (
-        ("delta", delta, d, "b, d, l"),
-        ("z", z, d, "b, d, l"),
-        ("B", B, n, "b, n, l"),
-        ("C", C, n, "b, n, l"),
-    ):
-        _check(name, None if x is None else x.transpose(1, 2) if x.dim() == 3 else x, (b, rows, l), letters)
-    _check("D", D, (d,), "d")
-    _check("delta_bias", bias, (d,), "d")
+    shapes = ((b, l, d), (b, l, d), (b, l, 2 * n), (d, n), (d,), (d,))
+    letters = ("b, l, d", "b, l, d", "b, l, 2n", "d, n", "d", "d")
+    for i, x in enumerate(operands):
+        name = f"directions[{i // OPERANDS}].{Direction._fields[i % OPERANDS]}"
+        _check_kind(name, x, u)
+        _check(name, x, shapes[i % OPERANDS], letters[i % OPERANDS])
+    _check_kind("z", z, u)
+    _check("z", z, (b, l, d), "b, l, d")
+    _check_kind("mix", mix, u)
+    _check("mix", mix, (b, len(reverse)), "b, K")
 
 
-def _check_bidirectional(
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
-    z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
-) -> None:
-    """Name the argument of `bidirectional_scan` whose shape does not fit."""
-    _check_input(u, A)
-    _check_kind(u, {"u": u, "u_b": u_b, "delta": delta, "delta_b": delta_b, "bc": bc, "bc_b": bc_b, "z": z, "A": A})
-    _check_kind(u, {"A_b": A_b, "D": D, "D_b": D_b, "delta_bias": delta_bias, "delta_bias_b": delta_bias_b})
-    _check_kind(u, {"psi": psi, "nu": nu})
-    b, l, d = u.shape
-    n = A.shape[1]
-    for name, x in (("u_b", u_b), ("delta", delta), ("delta_b", delta_b), ("z", z)):
-        _check(name, x, (b, l, d), "b, l, d")
-    for name, x in (("bc", bc), ("bc_b", bc_b)):
-        _check(name, x, (b, l, 2 * n), "b, l, 2n")
-    for name, x in (("A", A), ("A_b", A_b)):
-        _check(name, x, (d, n), "d, n")
-    for name, x in (("D", D), ("D_b", D_b), ("delta_bias", delta_bias), ("delta_bias_b", delta_bias_b)):
-        _check(name, x, (d,), "d")
-    if (psi is None) != (nu is None):
-        raise ValueError(f"psi and nu must be given together, got psi={psi is not None}, nu={nu is not None}")
-    _check("psi", psi, (b,), "b")
-    _check("nu", nu, (b,), "b")
+def _directions(operands: list[Tensor], reverse: list[bool]) -> list[Direction]:
+    starts = range(0, len(operands), OPERANDS)
+    return [direction_of(operands[i : i + OPERANDS], back) for i, back in zip(starts, reverse, strict=True)]
 
 
-def _new_states(u: Tensor, A: Tensor, directions: int) -> Tensor:
-    b, l, d = u.shape
-    return u.new_empty(b, directions * ((l + CHUNK - 1) // CHUNK) * A.shape[1] * d, dtype=state_dtype(u))
+def _new(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _unflatten(states: Tensor, u: Tensor, A: Tensor, directions: int) -> Tensor:
-    return states.view(u.shape[0], directions, -1, A.shape[1], u.shape[2])
+def _new_saved(operands: list[Tensor], directions: int, backend: str) -> Tensor:
+    u, n = operands[0], operands[3].shape[1]
+    size = resolved_module("scan", backend, u.device, u.dtype).saved_size(u.shape[1], u.shape[2], n, directions)
+    return u.new_empty(u.shape[0], size, dtype=state_dtype(u))
 
 
-def _contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-
-
-@torch.library.custom_op("semivim::selective_scan", mutates_args=())
-def _selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
+@torch.library.custom_op("semivim::scan", mutates_args=())
+def _scan(
+    operands: list[Tensor],
+    reverse: list[bool],
     z: Tensor | None,
-    delta_bias: Tensor | None,
+    mix: Tensor | None,
+    scale: float,
     delta_softplus: bool,
-    reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_selective(u, delta, A, B, C, D, z, delta_bias)
+    _check_operands(operands, reverse, z, mix)
+    u = operands[0]
     module = choose("scan", backend, u.device, u.dtype)
     if u.numel() == 0:
-        return _contiguous_like(u)[0], _new_states(u, A, 1)
-    out, states = module.selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    return out, states.view(states.shape[0], -1)
+        return _new(u), _new_saved(operands, len(reverse), backend)
+    return module.forward(_directions(operands, reverse), z, mix, scale, delta_softplus)
 
 
-@_selective_scan.register_fake
-def _selective_scan_fake(  # type: ignore[no-untyped-def]
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias, *_
-) -> tuple[Tensor, Tensor]:
-    _check_selective(u, delta, A, B, C, D, z, delta_bias)
-    return _contiguous_like(u)[0], _new_states(u, A, 1)
+@_scan.register_fake
+def _scan_fake(operands, reverse, z, mix, scale, delta_softplus, backend):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    _check_operands(operands, reverse, z, mix)
+    return _new(operands[0]), _new_saved(operands, len(reverse), backend)
 
 
-@torch.library.custom_op("semivim::selective_scan_backward", mutates_args=())
-def _selective_scan_backward(
+@torch.library.custom_op("semivim::scan_backward", mutates_args=())
+def _scan_backward(
     grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
+    operands: list[Tensor],
+    reverse: list[bool],
     z: Tensor | None,
-    delta_bias: Tensor | None,
+    mix: Tensor | None,
+    scale: float,
     delta_softplus: bool,
-    reverse: bool,
-    states: Tensor,
+    saved: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    """Gradients of the eight tensors; an absent one's place holds an empty tensor, as an op cannot return None."""
-    module = choose("scan", backend, u.device, u.dtype)
+    """Gradients of the operands, and of z at the end where there is one."""
+    u = operands[0]
+    tensors = operands if z is None else [*operands, z]
     if u.numel() == 0:
-        return [u.new_zeros(0) if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias)]
-    gradients = module.selective_scan_backward(
-        grad, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, _unflatten(states, u, A, 1)
-    )
-    return [u.new_empty(0) if gradient is None else gradient for gradient in gradients]
+        return [torch.zeros_like(x) for x in tensors]
+    module = choose("scan", backend, u.device, u.dtype)
+    size = module.saved_size(u.shape[1], u.shape[2], operands[3].shape[1], len(reverse))
+    if saved.shape[1] != size:
+        raise ValueError(
+            f"the scan's backward in {module.__name__} must get {size} saved values an image, got {saved.shape[1]}: "
+            "another backend ran the forward of this compiled program; compile it under the use_backend it runs under"
+        )
+    gradients, dz = module.backward(grad, _directions(operands, reverse), z, mix, scale, delta_softplus, saved)
+    flat = [g for f in gradients for g in operands_of(f)]
+    return flat if dz is None else [*flat, dz]
 
 
-@_selective_scan_backward.register_fake
-def _selective_scan_backward_fake(grad: Tensor, u: Tensor, *rest: Tensor | None) -> list[Tensor]:  # noqa: ARG001
-    return [u.new_empty(0) if x is None else _contiguous_like(x)[0] for x in (u, *rest[:7])]
+@_scan_backward.register_fake
+def _scan_backward_fake(grad, operands, reverse, z, *_):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return [_new(x) for x in (operands if z is None else [*operands, z])]
 
 
-def _save_selective(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.delta_softplus, ctx.reverse, backend = inputs
-    ctx.backend = of_forward("scan", backend, tensors[0].device, tensors[0].dtype)
-    ctx.set_materialize_grads(False)  # no zeros in the size of the states
-    ctx.save_for_backward(*tensors, output[1])
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    operands, ctx.reverse, z, mix, ctx.scale, ctx.delta_softplus, backend = inputs
+    ctx.backend = of_forward("scan", backend, operands[0].device, operands[0].dtype)
+    ctx.set_materialize_grads(False)  # no zeros in the size of the saved values
+    ctx.save_for_backward(*operands, z, mix, output[1])
 
 
-def _differentiate_selective(ctx, grad, _):  # type: ignore[no-untyped-def]
-    *tensors, states = ctx.saved_tensors
+def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+    *operands, z, mix, saved = ctx.saved_tensors
     if grad is None:
-        return (None,) * 11
-    gradients = torch.ops.semivim.selective_scan_backward(
-        grad, *tensors, ctx.delta_softplus, ctx.reverse, states, ctx.backend
+        return [None] * len(operands), None, None, None, None, None, None
+    gradients = torch.ops.semivim.scan_backward(
+        grad, operands, ctx.reverse, z, mix, ctx.scale, ctx.delta_softplus, saved, ctx.backend
     )
-    return (*(None if x is None else g for x, g in zip(tensors, gradients, strict=True)), None, None, None)
+    dz = None if z is None else gradients.pop()
+    return gradients, None, dz, None, None, None, None
 
 
-_selective_scan.register_autograd(_differentiate_selective, setup_context=_save_selective)
+_scan.register_autograd(_differentiate, setup_context=_save)
 
 
-def split_directions(operands: Sequence[Tensor]) -> tuple[Direction, Direction, Tensor]:
-    """Sort the thirteen tensors of `bidirectional_scan` by direction; z is shared."""
-    ahead, back = (Direction(*operands[k:6:2], *operands[7 + k : 13 : 2]) for k in (0, 1))
-    return ahead, back, operands[6]
+@register_flop_formula(torch.ops.semivim.scan)
+def scan_flops(operand_shapes, reverse, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    """Count 9 operations a state and token, as VMamba's and Mamba's authors do; multiply and add count apart."""
+    b, l, d = operand_shapes[0]
+    n = operand_shapes[3][1]
+    return 9 * len(reverse) * b * l * d * n
 
 
-def join_directions(ahead: Direction, back: Direction, z: Tensor) -> list[Tensor]:
-    """Undo `split_directions`."""
-    pairs = [x for pair in zip(ahead, back, strict=True) for x in pair]
-    return [*pairs[:6], z, *pairs[6:]]
+def scan(
+    directions: list[Direction],
+    z: Tensor | None = None,
+    mix: Tensor | None = None,
+    scale: float = 1.0,
+    delta_softplus: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Out = scale * (SiLU(z) sum_k (s_k + D_k u_k) + sum_k mix_k s_k), with s_k = <C, h> of direction k.
+
+    Each direction is a selective scan, h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t with dt = softplus(delta + delta_bias),
+    from the first token to the last or, with `reverse`, from the last to the first; results stay at their tokens, so
+    nothing is flipped. The state is float32 whatever the inputs' dtype (float64 for float64 inputs).
+
+    Args:
+        directions: The operands of each direction. Rows may be strided (parts of a projection's output).
+        z: Gate before SiLU, ``(b, l, d)``; None for no gate.
+        mix: Weight of each direction's ungated read-out, ``(b, K)``; no gradient. Hidden-state mixing, which is linear
+            in the states and adds no scan.
+        scale: Factor of the sum.
+        delta_softplus: Whether softplus is applied to the biased step size.
+        backend: One of `available_backends`, or None to choose.
+
+    Returns:
+        ``(b, l, d)``, in the dtype of the first direction's ``u``.
+
+    Raises:
+        ValueError: If a shape, device or dtype does not fit, or the named backend cannot run.
+
+    Source: Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2; Semi-ViM Eq. (1)-(3), (15)-(16).
+    """
+    # Nested, as TorchScript compiles what stands behind an `and`.
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if torch.onnx.is_in_onnx_export():
+            return onnx_graph.scan(directions, z, mix, scale, delta_softplus)
+    operands: list[Tensor] = []
+    reverse: list[bool] = []
+    for f in directions:
+        operands += [f.u, f.delta, f.bc, f.A, f.D, f.delta_bias]
+        reverse.append(f.reverse)
+    name = "auto" if backend is None else backend
+    return torch.ops.semivim.scan(operands, reverse, z, mix, scale, delta_softplus, name)[0]
 
 
-@torch.library.custom_op("semivim::bidirectional_scan", mutates_args=())
-def _bidirectional_scan(
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
-    z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b
-    _check_bidirectional(*operands, psi, nu)
-    module = choose("scan", backend, u.device, u.dtype)
-    if u.numel() == 0:
-        return _contiguous_like(u)[0], _new_states(u, A, 2)
-    out, states = module.bidirectional_scan_forward(*split_directions(operands), psi, nu)
-    return out, states.view(states.shape[0], -1)
-
-
-@_bidirectional_scan.register_fake
-def _bidirectional_scan_fake(*operands) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    _check_bidirectional(*operands[:15])
-    u, A = operands[0], operands[7]
-    return _contiguous_like(u)[0], _new_states(u, A, 2)
-
-
-@torch.library.custom_op("semivim::bidirectional_scan_backward", mutates_args=())
-def _bidirectional_scan_backward(
-    grad: Tensor,
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
-    z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
-    states: Tensor,
-    backend: str,
-) -> list[Tensor]:
-    """Gradients of the thirteen tensors before psi."""
-    operands = u, u_b, delta, delta_b, bc, bc_b, z, A, A_b, D, D_b, delta_bias, delta_bias_b
-    module = choose("scan", backend, u.device, u.dtype)
-    if u.numel() == 0:
-        return [torch.zeros_like(x) for x in operands]
-    states = _unflatten(states, u, A, 2)
-    return join_directions(*module.bidirectional_scan_backward(grad, *split_directions(operands), psi, nu, states))
-
-
-@_bidirectional_scan_backward.register_fake
-def _bidirectional_scan_backward_fake(grad: Tensor, *operands) -> list[Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG001
-    return list(_contiguous_like(*operands[:13]))
-
-
-def _save_bidirectional(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, backend = inputs
-    ctx.backend = of_forward("scan", backend, tensors[0].device, tensors[0].dtype)
-    ctx.set_materialize_grads(False)  # no zeros in the size of the states
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _differentiate_bidirectional(ctx, grad, _):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return (None,) * 16
-    return (
-        *torch.ops.semivim.bidirectional_scan_backward(grad, *ctx.saved_tensors, ctx.backend),
-        None,
-        None,
-        None,
-    )
-
-
-_bidirectional_scan.register_autograd(_differentiate_bidirectional, setup_context=_save_bidirectional)
+def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """Refuse the forms of B and C that mamba-ssm takes and this scan does not."""
+    if x.dim() != 3:
+        raise ValueError(
+            f"{name} must be ({letters}), one row a token, got {tuple(x.shape)}: "
+            f"constant (d, n) and grouped (b, groups, n, l) {name} are not supported"
+        )
+    _check(name, x, shape, letters)
 
 
 def selective_scan(
@@ -314,13 +225,14 @@ def selective_scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    return_last_state: bool = False,
     reverse: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;  y_t = (<C_t, h_t> + D u_t) * SiLU(z_t).
 
-    The state is float32 whatever the inputs' dtype (float64 for float64 inputs). Channel-last memory, i.e. a
-    transposed view of ``(b, l, d)``, is used without a copy, and is what the output holds.
+    One direction of `scan` in mamba-ssm's shapes and argument order. Channel-last memory, i.e. a transposed view of
+    ``(b, l, d)``, is used without a copy, and is what the output holds.
 
     Args:
         u: Input, ``(b, d, l)``, any float dtype.
@@ -332,99 +244,47 @@ def selective_scan(
         z: Gate before SiLU, ``(b, d, l)``.
         delta_bias: Added to ``delta`` first, ``(d,)``.
         delta_softplus: Whether softplus is applied to the biased ``delta``.
+        return_last_state: Also return the state after the last token in the order of the scan.
         reverse: Whether the recurrence runs from the last token to the first; outputs stay at their tokens.
         backend: One of `available_backends`, or None to choose.
 
     Returns:
-        ``(b, d, l)``, in the dtype of ``u``.
+        ``(b, d, l)``, in the dtype of ``u``; with ``return_last_state`` also the last state, float32 ``(b, d, n)``.
 
     Raises:
         ValueError: If a shape, device or dtype does not fit, or the named backend cannot run.
 
-    Source: Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2, with mamba-ssm's argument order.
+    Source: Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2; mamba-ssm's `selective_scan_fn`.
     """
-    out = torch.ops.semivim.selective_scan(
+    if u.dim() != 3:
+        raise ValueError(f"u must be (b, d, l), got {tuple(u.shape)}")
+    if A.dim() != 2 or A.shape[1] == 0:
+        raise ValueError(f"A must be (d, n) with n >= 1, got {tuple(A.shape)}")
+    b, d, l = u.shape
+    n = A.shape[1]
+    if l == 0:
+        raise ValueError(f"u must have at least one token, got (b, d, l) = {tuple(u.shape)}")
+    for name, x in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z)):
+        _check_kind(name, x, u)
+    _check_kind("delta_bias", delta_bias, u)
+    _check("delta", delta, (b, d, l), "b, d, l")
+    _check("A", A, (d, n), "d, n")
+    _check_rows("B", B, (b, n, l), "b, n, l")
+    _check_rows("C", C, (b, n, l), "b, n, l")
+    _check("D", D, (d,), "d")
+    _check("z", z, (b, d, l), "b, d, l")
+    _check("delta_bias", delta_bias, (d,), "d")
+    zeros = torch.zeros(d, dtype=A.dtype, device=u.device)
+    direction = Direction(
         u.transpose(1, 2),
         delta.transpose(1, 2),
+        torch.cat((B.transpose(1, 2), C.transpose(1, 2)), -1),
         A,
-        B.transpose(1, 2),
-        C.transpose(1, 2),
-        D,
-        None if z is None else z.transpose(1, 2),
-        delta_bias,
-        delta_softplus,
+        zeros if D is None else D,
+        zeros if delta_bias is None else delta_bias,
         reverse,
-        "auto" if backend is None else backend,
     )
-    return out[0].transpose(1, 2)
-
-
-def bidirectional_scan(
-    u: Tensor,
-    u_b: Tensor,
-    delta: Tensor,
-    delta_b: Tensor,
-    bc: Tensor,
-    bc_b: Tensor,
-    z: Tensor,
-    A: Tensor,
-    A_b: Tensor,
-    D: Tensor,
-    D_b: Tensor,
-    delta_bias: Tensor,
-    delta_bias_b: Tensor,
-    psi: Tensor | None = None,
-    nu: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Return (SiLU(z) (s + D u + s_b + D_b u_b) + nu (psi s + (1 - psi) s_b)) / 2.
-
-    s is the read-out <C_t, h_t> of a selective scan with softplus(delta + delta_bias) over the tokens in order, s_b
-    that of a second one with the ``*_b`` operands from the last token to the first; both stay at their tokens, so
-    nothing is flipped. The nu term, hidden-state mixing, is linear in the states and adds no scan. Rows may be strided
-    (``z`` a part of the input projection's output, ``bc`` of another's).
-
-    Args:
-        u: Input of the forward direction, ``(b, l, d)``, any float dtype.
-        u_b: Input of the backward direction, ``(b, l, d)``.
-        delta: Step size before bias and softplus, ``(b, l, d)``.
-        delta_b: The same for the backward direction, ``(b, l, d)``.
-        bc: Input and read-out weights side by side, ``(b, l, 2n)``.
-        bc_b: The same for the backward direction, ``(b, l, 2n)``.
-        z: Gate before SiLU, shared by both directions, ``(b, l, d)``.
-        A: Decay rates, ``(d, n)``, negative.
-        A_b: Decay rates of the backward direction, ``(d, n)``, negative.
-        D: Skip weights, ``(d,)``.
-        D_b: Skip weights of the backward direction, ``(d,)``.
-        delta_bias: Bias of ``delta``, ``(d,)``.
-        delta_bias_b: Bias of ``delta_b``, ``(d,)``.
-        psi: Share of the forward direction in the hidden-state mix, ``(b,)``, in [0, 1]; no gradient.
-        nu: Weight of the hidden-state mix, ``(b,)``; no gradient. Given together with ``psi`` or not at all.
-        backend: One of `available_backends`, or None to choose.
-
-    Returns:
-        ``(b, l, d)``, in the dtype of ``u``.
-
-    Raises:
-        ValueError: If a shape, device or dtype does not fit, or the named backend cannot run.
-
-    Source: Semi-ViM Eq. (1)-(3), (15)-(16); the halving is that of Vim's released models.
-    """
-    return torch.ops.semivim.bidirectional_scan(
-        u,
-        u_b,
-        delta,
-        delta_b,
-        bc,
-        bc_b,
-        z,
-        A,
-        A_b,
-        D,
-        D_b,
-        delta_bias,
-        delta_bias_b,
-        psi,
-        nu,
-        "auto" if backend is None else backend,
-    )[0]
+    y = scan([direction], None if z is None else z.transpose(1, 2), None, 1.0, delta_softplus, backend).transpose(1, 2)
+    if return_last_state:
+        return y, last_state(direction, delta_softplus)
+    return y

@@ -5,23 +5,17 @@ The kernels take float32 or, where all tensors over tokens have it, bfloat16; an
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import scan_adjoint_numba as adjoint
 from . import scan_kernels_numba as kernels
-from .scan_reference import Direction
+from .launch_numba import dense_rows
+from .launch_numba import unavailable as unavailable
+from .scan_reference import Direction, direction_of, operands_of
 from .threads import aligned_scratch, run_tasks
 from .vector_numba import BFLOAT16, FLOAT32, LANES, LOG2_E
-
-
-def unavailable(device: torch.device) -> str:
-    """Return why this backend cannot run on a device."""
-    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
-        return "numba's compiler is switched off by NUMBA_DISABLE_JIT"
-    return "" if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
 
 
 class _Side(NamedTuple):
@@ -36,12 +30,6 @@ class _Side(NamedTuple):
     bias: Tensor | None
     leak: Tensor | None
     reverse: bool
-
-
-def dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor over tokens in a dtype, its last dimension dense."""
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -132,7 +120,7 @@ class _Launch:
         self.run(kernels.forward, self.images * int(call["blocks"]), scratch)
         return out.to(self.u.dtype), states
 
-    def backward(self, grad: Tensor, states: Tensor, packed: bool) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
+    def backward(self, grad: Tensor, states: Tensor) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
         """Return the gradient of z and, per direction, the others by name."""
         call, (_, tokens, channels), directions = self.call[0], self.u.shape, len(self.sides)
         wide = torch.float32
@@ -147,13 +135,9 @@ class _Launch:
         gradients = []
         for row in self.sides:
             of_side = {name: self.new(row, f"d{name}", *self.u.shape) for name in ("u", "delta")}
-            if packed:
-                of_side["bc"] = self.new(row, "dB", self.images, tokens, 2 * self.n)
-                row["dC"] = row["dB"] + self.n * self.dtype.itemsize
-                row["dBC_token"] = 2 * self.n * self.dtype.itemsize
-            else:
-                of_side |= {name: self.new(row, f"d{name}", self.images, tokens, self.n) for name in ("B", "C")}
-                row["dBC_token"] = self.n * self.dtype.itemsize
+            of_side["bc"] = self.new(row, "dB", self.images, tokens, 2 * self.n)
+            row["dC"] = row["dB"] + self.n * self.dtype.itemsize
+            row["dBC_token"] = 2 * self.n * self.dtype.itemsize
             gradients.append(of_side)
         scratch = adjoint.backward_scratch(tokens, self.quads, directions)
         self.run(adjoint.backward, self.images * blocks, scratch)
@@ -165,76 +149,42 @@ class _Launch:
         return dz, gradients
 
 
-def selective_scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the output and the stored states, as `scan_reference` does."""
-    return _Launch([_Side(u, delta, B, C, A, D, delta_bias, None, reverse)], z, 1.0, delta_softplus).forward()
+def saved_size(tokens: int, channels: int, states: int, directions: int) -> int:
+    """Return the number of values that `forward` saves for `backward`, per image: the states after each chunk."""
+    return directions * -(-tokens // kernels.CHUNK) * states * channels
 
 
-def selective_scan_backward(
-    grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    states: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of u, delta, A, B, C, D, z, delta_bias."""
-    launch = _Launch([_Side(u, delta, B, C, A, D, delta_bias, None, reverse)], z, 1.0, delta_softplus)
-    dz, (of,) = launch.backward(grad, states, packed=False)
-    gradients = of["u"], of["delta"], of["A"], of["B"], of["C"], of["D"], dz, of["bias"]
-    operands = u, delta, A, B, C, D, z, delta_bias
-    return tuple(None if x is None or g is None else g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
-
-
-def _both(ahead: Direction, back: Direction, z: Tensor, psi: Tensor | None, nu: Tensor | None) -> _Launch:
-    leaks: list[Tensor | None] = [None, None]
-    if psi is not None and nu is not None:
-        leaks = [nu.float() * psi.float(), nu.float() * (1 - psi.float())]  # Semi-ViM Eq. (15), (16)
+def _launch(
+    directions: list[Direction], z: Tensor | None, mix: Tensor | None, scale: float, delta_softplus: bool
+) -> _Launch:
     sides = []
-    for f, leak, reverse in ((ahead, leaks[0], False), (back, leaks[1], True)):
+    for k, f in enumerate(directions):
         B, C = f.bc.chunk(2, -1)
-        sides.append(_Side(f.u, f.delta, B, C, f.A, f.D, f.delta_bias, leak, reverse))
-    return _Launch(sides, z, 0.5, True)
+        sides.append(_Side(f.u, f.delta, B, C, f.A, f.D, f.delta_bias, None if mix is None else mix[:, k], f.reverse))
+    return _Launch(sides, z, scale, delta_softplus)
 
 
-def bidirectional_scan_forward(
-    ahead: Direction, back: Direction, z: Tensor, psi: Tensor | None, nu: Tensor | None
+def forward(
+    directions: list[Direction], z: Tensor | None, mix: Tensor | None, scale: float, delta_softplus: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the stored states, as `scan_reference` does."""
-    return _both(ahead, back, z, psi, nu).forward()
+    """Return the output and the saved values, as `scan_reference` does."""
+    out, states = _launch(directions, z, mix, scale, delta_softplus).forward()
+    return out, states.flatten(1)
 
 
-def bidirectional_scan_backward(
+def backward(
     grad: Tensor,
-    ahead: Direction,
-    back: Direction,
-    z: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
-    states: Tensor,
-) -> tuple[Direction, Direction, Tensor]:
-    """Return the gradients of `ahead`, `back` and z; psi and nu have none."""
-    dz, gradients = _both(ahead, back, z, psi, nu).backward(grad, states, packed=True)
-    assert dz is not None
-    of_ahead, of_back = (
-        Direction(*(g.to(x.dtype) for g, x in zip(of.values(), f, strict=True)))
-        for of, f in zip(gradients, (ahead, back), strict=True)
-    )
-    return of_ahead, of_back, dz.to(z.dtype)
+    directions: list[Direction],
+    z: Tensor | None,
+    mix: Tensor | None,
+    scale: float,
+    delta_softplus: bool,
+    saved: Tensor,
+) -> tuple[list[Direction], Tensor | None]:
+    """Return the gradients of each direction's operands and of z; mix has none."""
+    dz, gradients = _launch(directions, z, mix, scale, delta_softplus).backward(grad, saved)
+    of_directions = [
+        direction_of((g.to(x.dtype) for g, x in zip(of.values(), operands_of(f), strict=True)), f.reverse)
+        for of, f in zip(gradients, directions, strict=True)
+    ]
+    return of_directions, None if dz is None or z is None else dz.to(z.dtype)

@@ -1,12 +1,13 @@
 """The selective scan in plain torch, token by token: the text every faster backend is tested against.
 
 Dimensions: b images, l tokens, d channels, n states. State and sums are float32 (float64 for float64 inputs).
-The forward functions can be differentiated by autograd; the backward functions write the adjoint out, because the
-implementation of a custom op cannot call autograd.
+Autograd can differentiate `forward`; `backward` writes the adjoint out, because the implementation of a custom op
+cannot call autograd.
 
 Source: Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2; Semi-ViM Eq. (1)-(3), (15)-(16).
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,19 +20,31 @@ CHUNK = 64
 
 
 class Direction(NamedTuple):
-    """Operands of one direction of the bidirectional scan, or their gradients."""
+    """Operands of one direction of the scan, or their gradients."""
 
     u: Tensor  # (b, l, d)
-    delta: Tensor  # (b, l, d), before bias and softplus
-    bc: Tensor  # (b, l, 2n), [B | C]
-    A: Tensor  # (d, n)
-    D: Tensor  # (d,)
+    delta: Tensor  # (b, l, d), step size before bias and softplus
+    bc: Tensor  # (b, l, 2n), [B | C], input and read-out weights
+    A: Tensor  # (d, n), decay rates, negative
+    D: Tensor  # (d,), skip weights
     delta_bias: Tensor  # (d,)
+    reverse: bool = False  # whether the scan runs from the last token to the first; results stay at their tokens
 
 
-def unavailable(device: torch.device) -> str:  # noqa: ARG001
+def operands_of(f: Direction) -> tuple[Tensor, ...]:
+    """Return the six tensors of a direction."""
+    return f.u, f.delta, f.bc, f.A, f.D, f.delta_bias
+
+
+def direction_of(tensors: Iterable[Tensor], reverse: bool) -> Direction:
+    """Return the direction of six tensors, the inverse of `operands_of`."""
+    u, delta, bc, A, D, delta_bias = tensors
+    return Direction(u, delta, bc, A, D, delta_bias, reverse)
+
+
+def unavailable(device: torch.device) -> str | None:  # noqa: ARG001
     """Return why this backend cannot run on a device; the reference always can."""
-    return ""
+    return None
 
 
 def state_dtype(u: Tensor) -> torch.dtype:
@@ -67,7 +80,7 @@ def _recurrence(
 def _recurrence_backward(
     ds: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool, walked: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Adjoint of `_recurrence`: gradients of u, dt, A, B, C for the gradient ds of s."""
+    """Adjoint of `_recurrence`: gradients of u, dt, A, B, C for the gradient ds of s; `walked` is its third result."""
     g = torch.zeros_like(walked[0])
     dA = torch.zeros_like(A)
     du, ddt, dB, dC = torch.zeros_like(u), torch.zeros_like(dt), torch.zeros_like(B), torch.zeros_like(C)
@@ -88,131 +101,101 @@ def _recurrence_backward(
     return du, ddt, dA, dB, dC
 
 
-def _zeros_for(D: Tensor | None, u: Tensor) -> Tensor:
-    return u.new_zeros(u.shape[2], dtype=state_dtype(u)) if D is None else D.to(state_dtype(u))
-
-
 def _as(x: Tensor, operand: Tensor) -> Tensor:
     """A result in the dtype of what it belongs to, contiguous whatever the strides of the inputs."""
     return x.to(operand.dtype).contiguous()
 
 
-def selective_scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
+class _Wide(NamedTuple):
+    """Operands of one direction in the state's dtype."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    biased: Tensor  # the step size before softplus
+
+
+def _widened(f: Direction, delta_softplus: bool) -> _Wide:
+    u, delta, bc, A, D, bias = (x.to(state_dtype(f.u)) for x in operands_of(f))
+    biased = delta + bias
+    B, C = bc.chunk(2, -1)
+    return _Wide(u, F.softplus(biased) if delta_softplus else biased, A, B, C, D, biased)
+
+
+def last_state(f: Direction, delta_softplus: bool = True) -> Tensor:
+    """sum_t exp(A sum_{s after t} dt_s) dt_t u_t B_t, the state after all tokens in the order of the scan.
+
+    Args:
+        f: Operands of the scan.
+        delta_softplus: Whether softplus is applied to the biased step size.
+
+    Returns:
+        ``(b, d, n)``, float32 (float64 for float64 inputs).
+    """
+    u, dt, A, B, *_ = _widened(f, delta_softplus)
+    so_far = dt.cumsum(1) if f.reverse else dt.flip(1).cumsum(1).flip(1)
+    after = so_far - dt
+    # One state at a time: all at once would take n times the memory of the input.
+    states = [(torch.exp(after * A[:, j]) * (dt * u) * B[..., j, None]).sum(1) for j in range(A.shape[1])]
+    return torch.stack(states, -1)
+
+
+def saved_size(tokens: int, channels: int, states: int, directions: int) -> int:
+    """Return the number of values that `forward` saves for `backward`, per image: the states after each chunk."""
+    return directions * -(-tokens // CHUNK) * states * channels
+
+
+def forward(
+    directions: list[Direction], z: Tensor | None, mix: Tensor | None, scale: float, delta_softplus: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``(b, l, d)`` and the stored states ``(b, 1, ceil(l / CHUNK), n, d)``."""
+    """Return the output ``(b, l, d)`` and the saved values ``(b, saved_size(...))``; see `semivim.ops.scan.scan`."""
+    u = directions[0].u
     wide = state_dtype(u)
-    x, raw = u.to(wide), delta.to(wide) + _zeros_for(delta_bias, u)
-    dt = F.softplus(raw) if delta_softplus else raw
-    s, states, _ = _recurrence(x, dt, A.to(wide), B.to(wide), C.to(wide), reverse)
-    y = s + _zeros_for(D, u) * x
-    out = y if z is None else y * F.silu(z.to(wide))
-    return _as(out, u), states.unsqueeze(1)
+    total = torch.zeros(u.shape, dtype=wide, device=u.device)
+    ungated = torch.zeros_like(total)
+    saved = []
+    for k, f in enumerate(directions):
+        x = _widened(f, delta_softplus)
+        s, states, _ = _recurrence(x.u, x.dt, x.A, x.B, x.C, f.reverse)
+        total = total + s + x.D * x.u
+        if mix is not None:
+            ungated = ungated + mix[:, k].to(wide)[:, None, None] * s  # Semi-ViM Eq. (15), (16)
+        saved.append(states.flatten(1))
+    out = total if z is None else F.silu(z.to(wide)) * total
+    return _as(scale * (out + ungated), u), torch.cat(saved, 1)
 
 
-def selective_scan_backward(
+def backward(
     grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
+    directions: list[Direction],
     z: Tensor | None,
-    delta_bias: Tensor | None,
+    mix: Tensor | None,
+    scale: float,
     delta_softplus: bool,
-    reverse: bool,
-    states: Tensor,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of u, delta, A, B, C, D, z, delta_bias."""
-    wide = state_dtype(u)
-    x, raw, skip = u.to(wide), delta.to(wide) + _zeros_for(delta_bias, u), _zeros_for(D, u)
-    dt = F.softplus(raw) if delta_softplus else raw
-    operands = x, dt, A.to(wide), B.to(wide), C.to(wide)
-    s, _, walked = _recurrence(*operands, reverse)
-    dy = grad.to(wide)
-    dz = None
-    if z is not None:
-        gate = z.to(wide).contiguous()
-        dz = _as(torch.ops.aten.silu_backward(dy * (s + skip * x), gate), z)
-        dy = dy * F.silu(gate)
-    du, ddt, dA, dB, dC = _recurrence_backward(dy, *operands, reverse, walked)
-    draw = ddt * torch.sigmoid(raw) if delta_softplus else ddt
-    return (
-        _as(du + skip * dy, u),
-        _as(draw, delta),
-        _as(dA, A),
-        _as(dB, B),
-        _as(dC, C),
-        None if D is None else _as((dy * x).sum((0, 1)), D),
-        dz,
-        None if delta_bias is None else _as(draw.sum((0, 1)), delta_bias),
-    )
-
-
-def bidirectional_scan_forward(
-    ahead: Direction, back: Direction, z: Tensor, psi: Tensor | None, nu: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the output ``(b, l, d)`` and the stored states ``(b, 2, ceil(l / CHUNK), n, d)``."""
-    wide = state_dtype(ahead.u)
-    s, skip, states = [], [], []
-    for reverse, operands in enumerate((ahead, back)):
-        x, step, row, decay, weight, bias = (operand.to(wide) for operand in operands)
-        B, C = row.chunk(2, -1)
-        readout, stored, _ = _recurrence(x, F.softplus(step + bias), decay, B, C, bool(reverse))
-        s.append(readout)
-        skip.append(weight * x)
-        states.append(stored)
-    out = F.silu(z.to(wide)) * (s[0] + skip[0] + s[1] + skip[1])
-    if psi is not None and nu is not None:
-        share = psi.to(wide)[:, None, None]
-        out = out + nu.to(wide)[:, None, None] * (share * s[0] + (1 - share) * s[1])  # Semi-ViM Eq. (15), (16)
-    return _as(0.5 * out, ahead.u), torch.stack(states, 1)
-
-
-def bidirectional_scan_backward(
-    grad: Tensor,
-    ahead: Direction,
-    back: Direction,
-    z: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
-    states: Tensor,  # noqa: ARG001
-) -> tuple[Direction, Direction, Tensor]:
-    """Return the gradients of `ahead`, `back` and z; psi and nu have none."""
-    wide = state_dtype(ahead.u)
-    gate, half = z.to(wide).contiguous(), 0.5 * grad.to(wide)
-    gated = half * F.silu(gate)
-    y = torch.zeros_like(gate)
+    saved: Tensor,  # noqa: ARG001
+) -> tuple[list[Direction], Tensor | None]:
+    """Return the gradients of each direction's operands and of z; mix has none."""
+    wide = state_dtype(directions[0].u)
+    dout = scale * grad.to(wide)
+    gate = None if z is None else z.to(wide).contiguous()
+    dy = dout if gate is None else dout * F.silu(gate)
+    total = torch.zeros_like(dout)
     gradients = []
-    for reverse, operands in enumerate((ahead, back)):
-        x, step, row, decay, weight, bias = (operand.to(wide) for operand in operands)
-        B, C = row.chunk(2, -1)
-        dt = F.softplus(step + bias)
-        s, _, walked = _recurrence(x, dt, decay, B, C, bool(reverse))
-        y = y + s + weight * x
-        ds = gated
-        if psi is not None and nu is not None:
-            share = (1 - psi if reverse else psi).to(wide)[:, None, None]
-            ds = ds + half * nu.to(wide)[:, None, None] * share
-        du, ddt, dA, dB, dC = _recurrence_backward(ds, x, dt, decay, B, C, bool(reverse), walked)
-        draw = ddt * torch.sigmoid(step + bias)
-        of_direction = (
-            du + weight * gated,
-            draw,
-            torch.cat((dB, dC), -1),
-            dA,
-            (gated * x).sum((0, 1)),
-            draw.sum((0, 1)),
-        )
-        gradients.append(Direction(*(_as(g, operand) for g, operand in zip(of_direction, operands, strict=True))))
-    return *gradients, _as(torch.ops.aten.silu_backward(half * y, gate), z)  # type: ignore[return-value]
+    for k, f in enumerate(directions):
+        x = _widened(f, delta_softplus)
+        s, _, walked = _recurrence(x.u, x.dt, x.A, x.B, x.C, f.reverse)
+        total = total + s + x.D * x.u
+        ds = dy if mix is None else dy + dout * mix[:, k].to(wide)[:, None, None]
+        du, ddt, dA, dB, dC = _recurrence_backward(ds, x.u, x.dt, x.A, x.B, x.C, f.reverse, walked)
+        ddelta = ddt * torch.sigmoid(x.biased) if delta_softplus else ddt
+        dbc, dD, dbias = torch.cat((dB, dC), -1), (dy * x.u).sum((0, 1)), ddelta.sum((0, 1))
+        of_direction = (du + x.D * dy, ddelta, dbc, dA, dD, dbias)
+        like_operands = (_as(g, operand) for g, operand in zip(of_direction, operands_of(f), strict=True))
+        gradients.append(direction_of(like_operands, f.reverse))
+    dz = None
+    if z is not None and gate is not None:
+        dz = _as(torch.ops.aten.silu_backward(dout * total, gate), z)
+    return gradients, dz

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semivim.layers import mamba
-from semivim.layers.mamba import SSMIXUP_C, BidirectionalMamba
+from semivim.layers.mamba import BidirectionalMamba
+from semivim.layers.ssmixup_readout import SSMIXUP_C
 from semivim.ops import use_backend
 from tests.tolerance import assert_close
 
@@ -164,13 +165,13 @@ def test_the_decay_rate_is_computed_in_float32():
 def test_nothing_is_copied_between_the_projections(monkeypatch):
     """The scan reads the gate and [B | C] as strided views of the projections' outputs."""
     seen = {}
-    original = mamba.bidirectional_scan
+    original = mamba.scan
 
-    def spy(*operands):
-        seen.update(bc=operands[4], z=operands[6])
-        return original(*operands)
+    def spy(directions, z, *rest):
+        seen.update(bc=directions[0].bc, z=z)
+        return original(directions, z, *rest)
 
-    monkeypatch.setattr(mamba, "bidirectional_scan", spy)
+    monkeypatch.setattr(mamba, "scan", spy)
     mixer = make_mixer()
     mixer(torch.randn(BATCH, TOKENS, DIM))
     assert seen["z"].stride() == (TOKENS * 4 * DIM, 4 * DIM, 1)
@@ -182,10 +183,61 @@ def test_an_unknown_reading_is_named():
         BidirectionalMamba(DIM, ssmixup_c="both")
 
 
-@pytest.mark.parametrize("reading", mamba.SSMIXUP_C)
+@pytest.mark.parametrize("reading", SSMIXUP_C)
 def test_shares_and_strengths_are_constants(reading):
     mixer = make_mixer(ssmixup_c=reading)
     psi, nu = (torch.rand(BATCH, requires_grad=True) for _ in range(2))
     mixer(torch.randn(BATCH, TOKENS, DIM), psi, nu).square().sum().backward()
     assert psi.grad is None and nu.grad is None
     assert mixer.x_proj.weight.grad.any()
+
+
+class Doubled(torch.nn.Module):
+    """Twice a layer, as an adapter of it would be."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+@pytest.mark.parametrize("ends", [("",), ("_b",), ("", "_b")], ids=str)
+def test_replaced_layers_are_called(ends):
+    mixer = make_mixer().double()
+    x = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
+    for end in ends:
+        setattr(mixer, f"dt_proj{end}", Doubled(getattr(mixer, f"dt_proj{end}")))
+        setattr(mixer, f"conv1d{end}", Doubled(getattr(mixer, f"conv1d{end}")))
+    zeros = torch.zeros(BATCH, dtype=torch.float64)
+    assert_close("y", mixer(x), mixer_by_definition(mixer, x, "own", zeros, zeros), "float64")
+
+
+@pytest.mark.parametrize("name", ["dt_proj", "dt_proj_b", "conv1d", "conv1d_b", "in_proj", "x_proj", "out_proj"])
+def test_hooks_fire(name):
+    mixer, x, seen = make_mixer(), torch.randn(BATCH, TOKENS, DIM), []
+    plain = mixer(x)
+    getattr(mixer, name).register_forward_hook(lambda module, *_: seen.append(module))
+    assert_close("y", mixer(x), plain)
+    assert seen == [getattr(mixer, name)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_run():
+    mixer = make_mixer()
+    x = torch.randn(BATCH, TOKENS, DIM)
+    quantised = torch.ao.quantization.quantize_dynamic(mixer, {torch.nn.Linear})
+    assert type(quantised.dt_proj) is not torch.nn.Linear
+    y = quantised(x)
+    assert not torch.equal(y, mixer(x))
+    assert_close("y", y, mixer(x), "bfloat16")
+
+
+def test_an_adapter_of_peft_gets_gradients():
+    peft = pytest.importorskip("peft")
+    mixer = peft.get_peft_model(make_mixer(), peft.LoraConfig(target_modules=["dt_proj", "dt_proj_b"]))
+    mixer(torch.randn(BATCH, TOKENS, DIM)).square().sum().backward()
+    adapters = {name: p.grad for name, p in mixer.named_parameters() if "lora_B" in name}
+    assert len(adapters) == 2
+    assert all(grad is not None and grad.any() for grad in adapters.values())

@@ -5,10 +5,10 @@ import functools
 import torch
 from torch import Tensor
 
-from semivim.ops import available_backends, bidirectional_scan, selective_scan
-from semivim.ops.scan import join_directions, split_directions
+from semivim.ops import Direction, available_backends, selective_scan
+from semivim.ops.scan import scan
 
-BACKENDS = [name for name, state in available_backends("cpu").items() if state.startswith("available")]
+BACKENDS = [name for name, state in available_backends("cpu").items() if state.available]
 LENGTHS = (1, 7, 63, 64, 197, 730)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BIDIRECTIONAL = (
@@ -20,7 +20,7 @@ BIDIRECTIONAL = (
 def bidirectional_inputs(
     b: int, l: int, d: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Operands of `bidirectional_scan`: tensors over tokens in a dtype, weights in float32, or all float64."""
+    """Operands of two directions and their gate: tensors over tokens in a dtype, weights in float32, or all float64."""
     g = torch.Generator().manual_seed(seed)
     weights = torch.promote_types(dtype, torch.float32)
     shapes = {name: (b, l, 2 * n if name.startswith("bc") else d) for name in BIDIRECTIONAL[:7]}
@@ -46,19 +46,37 @@ def selective_inputs(
 
 
 def mixing(b: int) -> dict[str, Tensor]:
-    """Per-image weights of the hidden-state mix."""
-    g = torch.Generator().manual_seed(7)
-    return {"psi": torch.rand(b, generator=g), "nu": torch.rand(b, generator=g)}
+    """Per-image weights of both ungated read-outs."""
+    return {"mix": torch.rand(b, 2, generator=torch.Generator().manual_seed(7))}
 
 
-def forward_of(backend, *operands) -> tuple[Tensor, Tensor]:
-    """Output and states of a backend's bidirectional scan, for the thirteen tensors, psi and nu."""
-    return backend.bidirectional_scan_forward(*split_directions(operands), *operands[13:])
+def directions_of(inputs: dict[str, Tensor]) -> list[Direction]:
+    """The forward and the backward direction among `bidirectional_inputs`."""
+    return [
+        Direction(*(inputs[name + end] for name in Direction._fields[:6]), reverse)
+        for end, reverse in (("", False), ("_b", True))
+    ]
 
 
-def gradients_of(backend, grad: Tensor, *operands) -> list[Tensor]:
-    """Gradients of the thirteen tensors; the states follow psi and nu."""
-    return join_directions(*backend.bidirectional_scan_backward(grad, *split_directions(operands), *operands[13:]))
+def bidirectional_scan(mix: Tensor | None = None, backend: str | None = None, **inputs: Tensor) -> Tensor:
+    """Both directions as Vim's mixer scans them."""
+    return scan(directions_of(inputs), inputs["z"], mix, 0.5, backend=backend)
+
+
+def forward_of(backend, inputs: dict[str, Tensor], mix: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output and saved values of a backend for both directions."""
+    return backend.forward(directions_of(inputs), inputs["z"], mix, 0.5, True)
+
+
+def gradients_of(
+    backend, grad: Tensor, inputs: dict[str, Tensor], mix: Tensor | None, saved: Tensor
+) -> dict[str, Tensor]:
+    """A backend's gradients of `bidirectional_inputs`, by name."""
+    (f, g), dz = backend.backward(grad, directions_of(inputs), inputs["z"], mix, 0.5, True, saved)
+    return {
+        name: dz if name == "z" else getattr(g if name.endswith("_b") else f, name.removesuffix("_b"))
+        for name in inputs
+    }
 
 
 def run(function, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:

@@ -8,12 +8,10 @@ import torch
 from semivim.ops import (
     available_backends,
     backends,
-    bidirectional_conv,
-    causal_conv,
-    scan,
     selective_scan,
     use_backend,
 )
+from semivim.ops.causal_conv import causal_conv
 from tests.ops.scan_cases import selective_inputs
 
 
@@ -24,9 +22,13 @@ def chosen(backend="auto", op="scan", dtype=torch.float32):
 def test_report_names_the_choice_and_the_reasons():
     report = available_backends("cpu")
     assert list(report) == ["triton", "cuda", "numba", "reference"]
-    assert report["numba"] == "available, chosen for cpu"
-    assert report["reference"] == "available"
-    assert "not installed" in report["cuda"] or "CUDA" in report["cuda"]
+    assert report["numba"] == (True, ("cpu",), None)
+    assert str(report["numba"]) == "available, chosen for cpu"
+    assert report["reference"] == (True, (), None)
+    assert str(report["reference"]) == "available"
+    assert not report["cuda"].available
+    assert str(report["cuda"]) == report["cuda"].reason
+    assert "not installed" in report["cuda"].reason or "CUDA" in report["cuda"].reason
 
 
 def test_named_backend_that_cannot_run_raises_and_says_why(monkeypatch):
@@ -45,7 +47,7 @@ def test_a_broken_package_is_a_reason_not_a_crash(monkeypatch):
         raise ImportError(f"undefined symbol in {name}")
 
     monkeypatch.setattr(backends.importlib, "import_module", broken)
-    assert "undefined symbol" in available_backends("cpu")["numba"]
+    assert "undefined symbol" in available_backends("cpu")["numba"].reason
 
 
 def test_float64_takes_the_reference():
@@ -91,15 +93,15 @@ def test_a_block_leaves_a_convolution_that_cannot_follow_its_choice(monkeypatch)
         assert chosen(op="conv") == "conv_numba"
     x = torch.randn(1, 4, 2)
     with pytest.raises(ValueError, match="'reference' cannot run the conv on cpu: no such kernels"):
-        bidirectional_conv(x, *[torch.randn(2, 1, 4), torch.randn(2)] * 2, backend="reference")
+        causal_conv(x, [(torch.randn(2, 1, 4), torch.randn(2))], [False], backend="reference")
 
 
 def test_report_follows_block_and_environment(monkeypatch):
     with use_backend("reference"):
-        assert available_backends("cpu")["reference"] == "available, chosen for cpu"
-        assert available_backends("cpu")["numba"] == "available"
+        assert available_backends("cpu")["reference"].chosen_for == ("cpu",)
+        assert available_backends("cpu")["numba"].chosen_for == ()
     monkeypatch.setenv("SEMIVIM_BACKEND", "")
-    assert available_backends("cpu")["numba"] == "available, chosen for cpu"
+    assert available_backends("cpu")["numba"].chosen_for == ("cpu",)
     monkeypatch.setenv("SEMIVIM_BACKEND", "fast")
     with pytest.raises(ValueError, match="got 'fast'"):
         available_backends("cpu")
@@ -108,8 +110,8 @@ def test_report_follows_block_and_environment(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_chosen_for_it():
     report = available_backends("cuda")
-    assert report["triton"] == "torch finds no CUDA device"
-    assert not any("chosen" in state for state in report.values() if state != report["reference"])
+    assert report["triton"].reason == "torch finds no CUDA device"
+    assert not any(state.available or state.chosen_for for state in report.values())
 
 
 def test_a_block_that_ends_late_takes_only_itself_away():
@@ -132,20 +134,19 @@ def test_a_backward_stays_with_its_forward(monkeypatch):
         ran.append((op, choose(op, backend, *rest).__name__.rpartition("_")[2]))
         return choose(op, backend, *rest)
 
-    monkeypatch.setattr(scan, "choose", note)
-    monkeypatch.setattr(causal_conv, "choose", note)
+    for module in ("scan", "causal_conv"):
+        monkeypatch.setattr(sys.modules[f"semivim.ops.{module}"], "choose", note)
     inputs = {name: x.requires_grad_() for name, x in selective_inputs(1, 3, 2, 2).items()}
     x = torch.randn(1, 4, 2, requires_grad=True)
     with use_backend("reference"):
-        out = (
-            selective_scan(**inputs).sum() + bidirectional_conv(x, *[torch.randn(2, 1, 4), torch.randn(2)] * 2)[0].sum()
-        )
+        u = causal_conv(x, [(torch.randn(2, 1, 4), torch.randn(2))], [False])[0]
+        out = selective_scan(**inputs).sum() + u.sum()
     out.backward()
     assert sorted(ran) == [("conv", "reference")] * 2 + [("scan", "reference")] * 2
 
 
 def test_numba_without_its_compiler_says_so():
-    code = "import semivim.ops as ops; print(ops.available_backends('cpu'))"
+    code = "import semivim.ops as ops; print({k: str(v) for k, v in ops.available_backends('cpu').items()})"
     result = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, capture_output=True, text=True
     )

@@ -2,21 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from semivim.ops import bidirectional_conv, use_backend
+from semivim.ops import use_backend
+from semivim.ops.causal_conv import causal_conv
+from tests.ops.conv_cases import bidirectional_conv, conv_inputs, run
 from tests.ops.scan_cases import DTYPES
 from tests.tolerance import assert_close
 
 BACKENDS = ("reference", "numba")
 NAMES = ("x", "weight", "bias", "weight_b", "bias_b")
-
-
-def conv_inputs(b, l, d, k=4, dtype=torch.float32):
-    wide = torch.promote_types(dtype, torch.float32)
-    inputs = {"x": torch.randn(b, l, d).to(dtype)}
-    for end in ("", "_b"):
-        inputs["weight" + end], inputs["bias" + end] = torch.randn(d, 1, k).to(wide), torch.randn(d).to(wide)
-    return inputs
 
 
 def by_flips(x, weight, bias, weight_b, bias_b):
@@ -28,14 +23,6 @@ def by_flips(x, weight, bias, weight_b, bias_b):
         )
 
     return conv(x, weight, bias), conv(x.flip(1), weight_b, bias_b).flip(1)
-
-
-def run(function, inputs, grads=None):
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    out = function(**leaves)
-    grads = [torch.randn(o.shape, generator=torch.Generator().manual_seed(k)).to(o.dtype) for k, o in enumerate(out)]
-    gradients = torch.autograd.grad(out, list(leaves.values()), grads)
-    return {"u": out[0].detach(), "u_b": out[1].detach()} | dict(zip(leaves, gradients, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -79,14 +66,38 @@ def test_empty_batch(backend):
     assert torch.equal(result["weight"], torch.zeros(8, 1, 4))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reverse", (False, True))
+def test_one_direction_is_one_of_both(backend, reverse):
+    inputs = conv_inputs(2, 9, 18)
+    end = "_b" if reverse else ""
+    one = {name: inputs[name] for name in ("x", "weight" + end, "bias" + end)}
+    leaves = [x.requires_grad_() for x in one.values()]
+    (u,) = causal_conv(leaves[0], [(leaves[1], leaves[2])], [reverse], backend)
+    expected = bidirectional_conv(**inputs, backend=backend)[int(reverse)]
+    assert torch.equal(u, expected)
+    grad = torch.randn_like(u)
+    for a, b in zip(torch.autograd.grad(u, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_order_of_two_directions_is_free(backend):
+    x, *weights = conv_inputs(2, 9, 18).values()
+    forward, backward = (weights[0], weights[1]), (weights[2], weights[3])
+    u, u_b = causal_conv(x, [forward, backward], [False, True], backend)
+    v_b, v = causal_conv(x, [backward, forward], [True, False], backend)
+    assert torch.equal(u, v) and torch.equal(u_b, v_b)
+
+
 @pytest.mark.parametrize(
     ("name", "cut", "message"),
     (
         ("x", lambda x: x[0], r"x must be \(b, l, d\)"),
-        ("weight", lambda x: x[1:], r"weight must be \(d, 1, k\) = \(8, 1, k\), got \(7, 1, 4\)"),
-        ("weight_b", lambda x: x[..., 1:], r"weight_b must be \(d, 1, k\) = \(8, 1, 4\), got \(8, 1, 3\)"),
-        ("bias", lambda x: x[1:], r"bias must be \(d,\) = \(8,\), got \(7,\)"),
-        ("bias_b", lambda x: x[1:], r"bias_b must be"),
+        ("weight", lambda x: x[1:], r"weights\[0\]\[0\] must be \(d, 1, k\) = \(8, 1, 4\), got \(7, 1, 4\)"),
+        ("weight_b", lambda x: x[..., 1:], r"weights\[1\]\[0\] must be \(d, 1, k\) = \(8, 1, 4\), got \(8, 1, 3\)"),
+        ("bias", lambda x: x[1:], r"weights\[0\]\[1\] must be \(d,\) = \(8,\), got \(7,\)"),
+        ("bias_b", lambda x: x[1:], r"weights\[1\]\[1\] must be"),
     ),
 )
 def test_wrong_shape_names_the_argument(name, cut, message):
@@ -95,12 +106,26 @@ def test_wrong_shape_names_the_argument(name, cut, message):
         bidirectional_conv(**inputs | {name: cut(inputs[name])})
 
 
+@pytest.mark.parametrize("reverse", ([], [False], [True, True]), ids=str)
+def test_two_directions_are_opposite(reverse):
+    x, *weights = conv_inputs(2, 7, 8).values()
+    with pytest.raises(ValueError, match=r"weights must be one pair .* got 2 with reverse"):
+        causal_conv(x, [(weights[0], weights[1]), (weights[2], weights[3])], reverse)
+
+
+def test_flops_are_counted_in_torchs_way():
+    with FlopCounterMode(display=False) as counter:
+        bidirectional_conv(**conv_inputs(2, 7, 8, 3))
+    assert counter.get_total_flops() == 2 * 2 * 3 * 2 * 7 * 8
+
+
 # opcheck reads .grad of tensors that it computed itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
-    inputs = [x.requires_grad_() for x in conv_inputs(2, 7, 5).values()]
-    torch.library.opcheck(torch.ops.semivim.bidirectional_conv.default, (*inputs, backend))
+    x, *weights = (x.requires_grad_() for x in conv_inputs(2, 7, 5).values())
+    torch.library.opcheck(torch.ops.semivim.causal_conv.default, (x, weights, [False, True], backend))
+    torch.library.opcheck(torch.ops.semivim.causal_conv.default, (x, weights[:2], [True], backend))
 
 
 class Conv(nn.Module):
@@ -109,8 +134,8 @@ class Conv(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.randn(6, 1, 4)), nn.Parameter(torch.randn(6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        u, u_b = bidirectional_conv(x, self.weight, self.bias, self.weight, self.bias)
-        return u + 2 * u_b
+        outputs = causal_conv(x, [(self.weight, self.bias), (self.weight, self.bias)], [False, True])
+        return outputs[0] + 2 * outputs[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")

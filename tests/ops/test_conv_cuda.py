@@ -6,10 +6,8 @@ import torch
 
 from semivim.ops import conv_reference
 from tests.ops import mamba_stand_in
-from tests.ops.test_causal_conv import conv_inputs
+from tests.ops.conv_cases import both_passes, conv_inputs, pairs
 from tests.tolerance import assert_close
-
-NAMES = ("u", "u_b", "x", "weight", "bias", "weight_b", "bias_b")
 
 
 @pytest.fixture
@@ -18,8 +16,7 @@ def conv_cuda(monkeypatch):
     mamba_stand_in.install(monkeypatch)
     yield importlib.import_module("semivim.ops.conv_cuda")
     monkeypatch.undo()
-    for name in ("scan_cuda", "conv_cuda"):
-        sys.modules.pop(f"semivim.ops.{name}", None)
+    sys.modules.pop("semivim.ops.conv_cuda", None)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
@@ -27,17 +24,15 @@ def conv_cuda(monkeypatch):
 def test_is_the_reference(conv_cuda, l, d, k, dtype):
     inputs = conv_inputs(2, l, d, k, getattr(torch, dtype))
     inputs["x"] = torch.cat((inputs["x"], inputs["x"]), -1)[..., :d]  # half of a projection's output
-    operands = tuple(inputs.values())
     grads = [torch.randn(2, l, d).to(inputs["x"].dtype) for _ in range(2)]
-    actual, expected = (
-        (*module.bidirectional_conv_forward(*operands), *module.bidirectional_conv_backward(*grads, *operands))
-        for module in (conv_cuda, conv_reference)
-    )
-    for name, a, b in zip(NAMES, actual, expected, strict=True):
+    actual, expected = (both_passes(module, inputs, grads) for module in (conv_cuda, conv_reference))
+    for name, b in expected.items():
+        a = actual[name]
         assert a.dtype == b.dtype and a.is_contiguous()
         assert_close(name, a, b, "float32_grad" if dtype == "float32" else dtype)
 
 
 def test_unsupported_taps_are_named(conv_cuda):
     with pytest.raises(ValueError, match="weight must have 2 to 4 taps for causal-conv1d, got 5"):
-        conv_cuda.bidirectional_conv_forward(*conv_inputs(1, 9, 8, 5).values())
+        x, *weights = conv_inputs(1, 9, 8, 5).values()
+        conv_cuda.forward(x, pairs(*weights), [False, True])

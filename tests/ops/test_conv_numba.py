@@ -3,8 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from semivim.ops import bidirectional_conv, conv_numba
-from tests.ops.test_causal_conv import conv_inputs, run
+from tests.ops.conv_cases import bidirectional_conv, conv_inputs, run
 from tests.tolerance import assert_close
 
 
@@ -48,7 +47,3 @@ def test_drawn_shapes_strides_and_scales_in_poisoned_memory(sizes, scale, permut
     expected, result = run(by("reference"), {name: x.double() for name, x in inputs.items()}), run(by("numba"), inputs)
     for name in expected:
         assert_close(name, result[name], expected[name], "float32_grad")
-
-
-def test_runs_on_the_cpu_only():
-    assert "not on cuda" in conv_numba.unavailable(torch.device("cuda"))

@@ -1,22 +1,28 @@
 import torch
 
-from semivim.ops import bidirectional_conv, conv_reference
-from tests.ops.test_causal_conv import conv_inputs
+from semivim.ops import conv_reference
+from tests.ops.conv_cases import bidirectional_conv, both_passes, conv_inputs, pairs
 from tests.tolerance import assert_close
 
 
 def test_gradcheck():
-    inputs = [x.requires_grad_() for x in conv_inputs(2, 5, 3, dtype=torch.float64).values()]
-    assert torch.autograd.gradcheck(lambda *x: bidirectional_conv(*x, backend="reference"), inputs)
+    inputs = conv_inputs(2, 5, 3, dtype=torch.float64)
+
+    def both(*tensors):
+        return tuple(bidirectional_conv(**dict(zip(inputs, tensors, strict=True)), backend="reference"))
+
+    assert torch.autograd.gradcheck(both, [x.requires_grad_() for x in inputs.values()])
 
 
 def test_backward_is_autograd_of_the_forward():
-    inputs = [x.requires_grad_() for x in conv_inputs(2, 12, 5, dtype=torch.float64).values()]
-    out = conv_reference.bidirectional_conv_forward(*inputs)
+    inputs = {name: x.requires_grad_() for name, x in conv_inputs(2, 12, 5, dtype=torch.float64).items()}
+    x, *weights = inputs.values()
+    out = conv_reference.forward(x, pairs(*weights), [False, True])
     grads = [torch.randn_like(o) for o in out]
-    expected = torch.autograd.grad(out, inputs, grads)
-    for k, gradient in enumerate(conv_reference.bidirectional_conv_backward(*grads, *inputs)):
-        assert_close(str(k), gradient, expected[k], "float64")
+    expected = torch.autograd.grad(out, list(inputs.values()), grads)
+    actual = both_passes(conv_reference, inputs, grads)
+    for name, gradient in zip(inputs, expected, strict=True):
+        assert_close(name, actual[name], gradient, "float64")
 
 
 def test_no_direction_sees_the_other_side():

@@ -1,26 +1,25 @@
 import pytest
-import torch
 
-from semivim.ops import bidirectional_conv, bidirectional_scan, onnx_graph
+from semivim.ops import onnx_graph
+from semivim.ops.scan import scan
+from tests.ops.conv_cases import bidirectional_conv, conv_inputs, pairs
+from tests.ops.scan_cases import bidirectional_inputs, directions_of, mixing
 from tests.tolerance import assert_close
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_the_convolution_equals_the_op(tokens):
-    x, weight, bias = torch.randn(2, tokens, 12)[..., :6], torch.randn(6, 1, 4), torch.randn(6)
-    operands = x, weight, bias, torch.randn(6, 1, 4), torch.randn(6)
-    for name, graph, op in zip(
-        ("u", "u_b"), onnx_graph.bidirectional_conv(*operands), bidirectional_conv(*operands), strict=True
-    ):
-        assert_close(name, graph, op)
+    inputs = conv_inputs(2, tokens, 6)
+    x, *weights = inputs.values()
+    graph = onnx_graph.causal_conv(x, pairs(*weights), [False, True])
+    for name, a, b in zip(("u", "u_b"), graph, bidirectional_conv(**inputs), strict=True):
+        assert_close(name, a, b)
 
 
-@pytest.mark.parametrize("mixing", [False, True])
-def test_the_scan_equals_the_op(mixing):
-    b, l, d, n = 2, 5, 4, 3
-    tokens = [torch.randn(b, l, d) for _ in range(4)]
-    weights = [torch.randn(b, l, 2 * n) for _ in range(2)]
-    rates = [-torch.rand(d, n) for _ in range(2)]
-    operands = (*tokens, *weights, torch.randn(b, l, d), *rates, *(torch.randn(d) for _ in range(4)))
-    psi, nu = (torch.rand(b), torch.rand(b)) if mixing else (None, None)
-    assert_close("y", onnx_graph.bidirectional_scan(*operands, psi, nu), bidirectional_scan(*operands, psi, nu))
+@pytest.mark.parametrize("mixed", (False, True))
+@pytest.mark.parametrize("count", (1, 2))
+def test_the_scan_equals_the_op(count, mixed):
+    inputs = bidirectional_inputs(2, 5, 4, 3)
+    directions, mix = directions_of(inputs)[-count:], mixing(2)["mix"][:, :count] if mixed else None
+    for arguments in ((inputs["z"], mix, 0.5, True), (None, mix, 1.0, False)):
+        assert_close("y", onnx_graph.scan(directions, *arguments), scan(directions, *arguments))

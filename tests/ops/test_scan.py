@@ -4,14 +4,18 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from semivim.ops import bidirectional_scan, scan_reference, selective_scan, use_backend
+from semivim.ops import Direction, scan_reference, selective_scan, use_backend
+from semivim.ops.scan import scan
 from tests.ops.scan_cases import (
     BACKENDS,
     BIDIRECTIONAL,
     DTYPES,
     LENGTHS,
     bidirectional_inputs,
+    bidirectional_scan,
+    directions_of,
     expected_bidirectional,
     expected_selective,
     in_float64,
@@ -104,10 +108,10 @@ def test_both_directions_are_two_selective_scans(backend):
         s.append(scan.transpose(1, 2))
         skip.append(x["D" + end] * x["u" + end])
     gated = nn.functional.silu(x["z"]) * (sum(s) + sum(skip))
-    psi, nu = (mix[name][:, None, None] for name in ("psi", "nu"))
+    weight = mix["mix"][:, :, None, None]
     assert_close("plain", bidirectional_scan(**x, backend=backend), gated / 2)
-    leaked = (gated + nu * (psi * s[0] + (1 - psi) * s[1])) / 2  # Semi-ViM Eq. (15), (16)
-    assert_close("mixed", bidirectional_scan(**x, **mix, backend=backend), leaked)
+    mixed = (gated + weight[:, 0] * s[0] + weight[:, 1] * s[1]) / 2  # Semi-ViM Eq. (15), (16)
+    assert_close("mixed", bidirectional_scan(**x, **mix, backend=backend), mixed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,11 +177,18 @@ def test_state_is_float32_under_bfloat16():
     assert out[0, 0, -1] == 400
 
 
+def called(name):
+    """What an error calls an operand of `bidirectional_inputs`."""
+    return name if name in ("z", "mix") else rf"directions\[{int(name.endswith('_b'))}\].{name.removesuffix('_b')}"
+
+
 @pytest.mark.parametrize("name", BIDIRECTIONAL[1:])
-def test_wrong_shape_names_the_argument_of_the_bidirectional_scan(name):
+def test_wrong_shape_names_the_operand(name):
     inputs = bidirectional_inputs(2, 7, 8, 4)
     inputs[name] = inputs[name][1:] if name in ("A", "A_b") else inputs[name][..., 1:]
-    with pytest.raises(ValueError, match=rf"^{name} must be \(.*\) = \(.*\), got \(.*\)$"):
+    # The first direction's A says what d is.
+    wrong = "directions\\[0\\].A" if name == "A" else called(name)
+    with pytest.raises(ValueError, match=rf"^{wrong} must be \(.*\) = \(.*\), got \(.*\)$"):
         bidirectional_scan(**inputs)
 
 
@@ -199,12 +210,80 @@ def test_wrong_shape_names_the_argument_of_the_selective_scan(name, message):
         selective_scan(**inputs)
 
 
-def test_psi_needs_nu_and_both_their_shape():
+def test_mix_has_a_weight_for_each_image_and_direction():
     inputs = bidirectional_inputs(2, 7, 8, 4)
-    with pytest.raises(ValueError, match="psi and nu must be given together"):
-        bidirectional_scan(**inputs, psi=torch.ones(2))
-    with pytest.raises(ValueError, match=r"nu must be \(b\) = \(2,\), got \(3,\)"):
-        bidirectional_scan(**inputs, psi=torch.ones(2), nu=torch.ones(3))
+    with pytest.raises(ValueError, match=r"^mix must be \(b, K\) = \(2, 2\), got \(2,\)"):
+        bidirectional_scan(**inputs, mix=torch.ones(2))
+    with pytest.raises(ValueError, match=r"^directions must hold one or more of 6 tensors each, got 0 tensors"):
+        scan([])
+
+
+@pytest.mark.parametrize("name", ("B", "C"))
+@pytest.mark.parametrize("shape", ((8, 4), (2, 1, 4, 7)), ids=("constant", "grouped"))
+def test_forms_of_mamba_ssm_that_are_not_supported_say_so(name, shape):
+    inputs = selective_inputs(2, 7, 8, 4) | {name: torch.ones(shape)}
+    with pytest.raises(ValueError, match=rf"^{name} must be \(b, n, l\), .*constant \(d, n\) and grouped"):
+        selective_scan(**inputs)
+
+
+@pytest.mark.parametrize("reverse", (False, True), ids=("forward", "backward"))
+@pytest.mark.parametrize("softplus", (False, True))
+def test_last_state_is_what_a_unit_readout_reads(reverse, softplus):
+    x = selective_inputs(2, 130, 5, 3)
+    if not softplus:
+        x["delta"] = x["delta"].abs()
+        del x["delta_bias"]
+    options = {"delta_softplus": softplus, "reverse": reverse}
+    out, state = selective_scan(**x, **options, return_last_state=True)
+    assert torch.equal(out, selective_scan(**x, **options))
+    assert state.shape == (2, 5, 3) and state.dtype == torch.float32
+    for j, unit in enumerate(torch.eye(3)):
+        one = {name: t for name, t in x.items() if name not in ("D", "z")} | {
+            "C": unit[None, :, None].expand(2, 3, 130)
+        }
+        assert_close("state", state[..., j], selective_scan(**one, **options)[..., 0 if reverse else -1])
+
+
+@pytest.mark.parametrize("backend", ("reference", "numba"))
+@pytest.mark.parametrize("reverses", ((False, False, True), (True, False), (True,)), ids=str)
+@pytest.mark.parametrize("gated", (False, True), ids=("bare", "gated"))
+def test_any_number_of_directions_is_the_sum_of_their_scans(backend, reverses, gated):
+    many = [
+        directions_of(bidirectional_inputs(2, 70, 9, 3, seed=k))[0]._replace(reverse=back)
+        for k, back in enumerate(reverses)
+    ]
+    z = torch.randn(2, 70, 9) if gated else None
+    mix = torch.rand(2, len(many))
+    leaves = [x.requires_grad_() for f in many for x in f[:6]] + ([z.requires_grad_()] if gated else [])
+    bare = [f._replace(D=torch.zeros(9)) for f in many]
+    s = [scan([f], backend="reference") for f in bare]
+    total = sum(s_k + f.D * f.u for s_k, f in zip(s, many, strict=True))
+    expected = (total if z is None else nn.functional.silu(z) * total) + sum(
+        mix[:, k, None, None] * s_k for k, s_k in enumerate(s)
+    )
+    out = scan(many, z, mix, 0.25, backend=backend)
+    assert_close("out", out, 0.25 * expected)
+    grad = torch.randn_like(out)
+    for a, b in zip(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(0.25 * expected, leaves, grad), strict=True
+    ):
+        assert_close("gradient", a, b, "float32_grad")
+
+
+def test_flops_are_counted_in_torchs_way():
+    inputs = bidirectional_inputs(2, 7, 8, 4)
+    with FlopCounterMode(display=False) as counter:
+        bidirectional_scan(**inputs)
+    assert counter.get_total_flops() == 2 * 9 * 2 * 7 * 8 * 4
+
+
+def test_a_backward_refuses_what_another_backend_saved():
+    inputs = bidirectional_inputs(1, 7, 8, 4)
+    operands = [x for f in directions_of(inputs) for x in f[:6]]
+    with pytest.raises(ValueError, match="must get 64 saved values an image, got 63"):
+        torch.ops.semivim.scan_backward(
+            inputs["z"], operands, [False, True], inputs["z"], None, 0.5, True, torch.ones(1, 63), "numba"
+        )
 
 
 def test_no_token_and_integers_are_errors():
@@ -215,41 +294,28 @@ def test_no_token_and_integers_are_errors():
         selective_scan(**inputs | {"u": inputs["u"].long()})
 
 
-@pytest.mark.parametrize("name", ("z", "A", "A_b", "D_b", "psi"))
+@pytest.mark.parametrize("name", ("z", "A", "A_b", "D_b", "mix"))
 def test_an_operand_elsewhere_or_of_another_kind_is_named(name):
     inputs = bidirectional_inputs(2, 7, 8, 4) | mixing(2)
-    with pytest.raises(ValueError, match=f"^{name} must be on cpu as u is, got meta"):
+    with pytest.raises(ValueError, match=f"^{called(name)} must be on cpu as u is, got meta"):
         bidirectional_scan(**inputs | {name: inputs[name].to("meta")})
-    with pytest.raises(ValueError, match=f"^{name} must have a real floating dtype, got torch.complex64"):
+    with pytest.raises(ValueError, match=f"^{called(name)} must have a real floating dtype, got torch.complex64"):
         bidirectional_scan(**inputs | {name: inputs[name].to(torch.complex64)})
 
 
 # opcheck reads .grad of tensors that it computed itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
+@pytest.mark.parametrize("transposed", (False, True))
+def test_opcheck(backend, transposed):
     inputs = {name: x.requires_grad_() for name, x in bidirectional_inputs(1, 66, 5, 3).items()}
-    mix = mixing(1)
-    arguments = (*inputs.values(), mix["psi"], mix["nu"], backend)
-    torch.library.opcheck(torch.ops.semivim.bidirectional_scan.default, arguments)
-    x = {name: x.requires_grad_() for name, x in selective_inputs(1, 66, 5, 3).items()}
-    rows = {name: x[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in ("u", "delta", "B", "C")}
-    arguments = (rows["u"], rows["delta"], x["A"], rows["B"], rows["C"], x["D"], None, x["delta_bias"])
-    torch.library.opcheck(torch.ops.semivim.selective_scan.default, (*arguments, True, True, backend))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_of_transposed_inputs(backend):
-    inputs = {name: x.requires_grad_() for name, x in bidirectional_inputs(2, 9, 5, 3).items()}
-    for name in ("u", "u_b", "delta", "bc", "z"):
+    for name in ("u", "u_b", "delta", "bc", "z") if transposed else ():
         inputs[name] = inputs[name].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    torch.library.opcheck(torch.ops.semivim.bidirectional_scan.default, (*inputs.values(), None, None, backend))
-    x = {name: x.requires_grad_() for name, x in selective_inputs(2, 9, 5, 3).items()}
-    rows = (x[name].transpose(1, 2) for name in ("u", "delta"))
-    arguments = (*rows, x["A"], x["B"].transpose(1, 2), x["C"].transpose(1, 2), x["D"], x["z"].transpose(1, 2), None)
-    arguments = [None if a is None else a.detach().requires_grad_() for a in arguments]
-    torch.library.opcheck(torch.ops.semivim.selective_scan.default, (*arguments, True, False, backend))
+    directions = directions_of(inputs)
+    operands = [x for f in directions for x in f[:6]]
+    op = torch.ops.semivim.scan.default
+    torch.library.opcheck(op, (operands, [False, True], inputs["z"], mixing(1)["mix"], 0.5, True, backend))
+    torch.library.opcheck(op, (operands[6:], [True], None, None, 1.0, False, backend))
 
 
 def test_fake_and_real_outputs_agree_on_meta():
@@ -271,13 +337,16 @@ class Scans(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bc = self.bc(x)
-        psi: torch.Tensor | None = None
+        mix: torch.Tensor | None = None
         if self.mixed:
-            psi = x.mean((1, 2))
-        y = bidirectional_scan(x, x, x, x, bc, bc, x, self.A, self.A, self.D, self.D, self.D, self.D, psi, psi)
-        B, C = bc.transpose(1, 2).chunk(2, 1)
-        t = y.transpose(1, 2)
-        return selective_scan(t, t, self.A, B, C, self.D, delta_softplus=True).transpose(1, 2)
+            mix = x.mean(1)[:, :2]
+        f = Direction(x, x, bc, self.A, self.D, self.D, False)
+        g = Direction(x, x, bc, self.A, self.D, self.D, True)
+        return scan([scan_input(f, scan([f, g], x, mix, 0.5))])
+
+
+def scan_input(f: Direction, u: torch.Tensor) -> Direction:
+    return Direction(u, f.delta, f.bc, f.A, f.D, f.delta_bias, f.reverse)
 
 
 def same_as_eager(transformed, module, *arguments):
@@ -337,24 +406,14 @@ def test_autocast_leaves_the_scan_alone(backend):
     assert not torch.equal(rough, exact)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_states_after_each_chunk(backend):
+@pytest.mark.parametrize("backend", ("reference", "numba"))
+def test_saved_values_are_the_states_after_each_chunk(backend):
     chunk = scan_reference.CHUNK
     x = bidirectional_inputs(1, 2 * chunk + 1, 4, 3)
-    op = torch.ops.semivim.bidirectional_scan
-    _, states = op(*x.values(), None, None, backend)
-    states = states.view(1, 2, 3, 3, 4)
-    # The last token ends a scan of its own, cut where the second chunk ends: its state is the stored one.
-    short = {name: t[:, : 2 * chunk] if t.dim() == 3 else t for name, t in x.items()}
-    C = torch.eye(3)
-    for s in range(3):
-        short["bc"] = torch.cat((short["bc"][..., :3], C[s].expand(1, 2 * chunk, 3)), -1)
-        read = selective_scan(
-            *(short[name].transpose(1, 2) for name in ("u", "delta")),
-            short["A"],
-            *short["bc"].transpose(1, 2).chunk(2, 1),
-            delta_bias=short["delta_bias"],
-            delta_softplus=True,
-            backend="reference",
-        )
-        assert_close("state", states[0, 0, 1, s], read[0, :, -1])
+    operands = [t for f in directions_of(x) for t in f[:6]]
+    _, saved = torch.ops.semivim.scan(operands, [False, True], x["z"], None, 0.5, True, backend)
+    states = saved.view(1, 2, 3, 3, 4)
+    # The state after the second chunk is the last one of a scan that is cut there.
+    forward = directions_of(x)[0]
+    cut = Direction(*(t[:, : 2 * chunk] if t.dim() == 3 else t for t in forward[:6]))
+    assert_close("state", states[0, 0, 1].t(), scan_reference.last_state(cut)[0])

@@ -1,8 +1,7 @@
 import torch
 
-from semivim.ops import bidirectional_scan
 from semivim.ops.scan_kernels_numba import BLOCK
-from tests.ops.scan_cases import bidirectional_inputs, run
+from tests.ops.scan_cases import bidirectional_inputs, bidirectional_scan, run
 from tests.tolerance import assert_close
 
 

@@ -6,10 +6,8 @@ import torch
 
 from semivim.ops import backends, scan_reference
 from tests.ops import mamba_stand_in
-from tests.ops.scan_cases import bidirectional_inputs, forward_of, gradients_of, mixing, selective_inputs
+from tests.ops.scan_cases import bidirectional_inputs, directions_of, forward_of, gradients_of, mixing
 from tests.tolerance import assert_close
-
-SELECTIVE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
 @pytest.fixture
@@ -22,61 +20,58 @@ def scan_cuda(monkeypatch):
     sys.modules.pop("semivim.ops.scan_cuda", None)
 
 
-def compare(names, actual, expected, tolerance):
-    for name, a, b in zip(names, actual, expected, strict=True):
-        if b is None:
-            assert a is None
-        else:
-            assert a.dtype == b.dtype and a.is_contiguous()
-            assert_close(name, a, b, tolerance)
-    pointers = [a.data_ptr() for a in actual if a is not None]
-    assert len(set(pointers)) == len(pointers)
+def compare(actual, expected, tolerance):
+    for name, b in expected.items():
+        a = actual[name]
+        assert a.dtype == b.dtype and a.is_contiguous()
+        assert_close(name, a, b, tolerance)
+    assert len({a.data_ptr() for a in actual.values()}) == len(actual)
 
 
 @pytest.mark.parametrize("mixed", (False, True), ids=("plain", "mixed"))
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize(("b", "l", "d"), ((2, 9, 4), (1, 1, 1)))
-def test_bidirectional_scan_is_the_reference(scan_cuda, b, l, d, dtype, mixed):
+def test_both_directions_are_the_references(scan_cuda, b, l, d, dtype, mixed):
     inputs = bidirectional_inputs(b, l, d, 3, getattr(torch, dtype))
-    operands = (*inputs.values(), *(mixing(b).values() if mixed else (None, None)))
-    out, states = forward_of(scan_cuda, *operands)
-    expected, stored = forward_of(scan_reference, *operands)
-    compare(("out",), (out,), (expected,), dtype)
-    assert states.shape == stored.shape and states.isnan().all()
+    mix = mixing(b)["mix"] if mixed else None
+    out, saved = forward_of(scan_cuda, inputs, mix)
+    expected, states = forward_of(scan_reference, inputs, mix)
+    compare({"out": out}, {"out": expected}, dtype)
+    assert saved.shape == (b, scan_cuda.saved_size(l, d, 3, 2))
     grad = torch.randn_like(out)
     tolerance = "float32_grad" if dtype == "float32" else dtype
-    actual = gradients_of(scan_cuda, grad, *operands, states)
-    compare(inputs, actual, gradients_of(scan_reference, grad, *operands, stored), tolerance)
+    actual = gradients_of(scan_cuda, grad, inputs, mix, saved)
+    compare(actual, gradients_of(scan_reference, grad, inputs, mix, states), tolerance)
 
 
-@pytest.mark.parametrize("reverse", (False, True), ids=("ahead", "reverse"))
-@pytest.mark.parametrize("bare", (False, True), ids=("gated", "bare"))
-def test_selective_scan_is_the_reference(scan_cuda, bare, reverse):
-    x = selective_inputs(2, 9, 5, 3, bare=bare)
-    rows = {name: t.transpose(1, 2) if t.dim() == 3 else t for name, t in x.items()}
-    operands = (*(rows.get(name) for name in SELECTIVE), not bare, reverse)
-    out, states = scan_cuda.selective_scan_forward(*operands)
-    expected, stored = scan_reference.selective_scan_forward(*operands)
-    compare(("out",), (out,), (expected,), "float32")
+@pytest.mark.parametrize("direction", (0, 1), ids=("forward", "backward"))
+@pytest.mark.parametrize("softplus", (False, True))
+def test_one_direction_without_gate_is_the_references(scan_cuda, softplus, direction):
+    f = directions_of(bidirectional_inputs(2, 9, 5, 3))[direction]
+    f = f._replace(delta=f.delta.abs(), delta_bias=f.delta_bias.abs())
+    out, saved = scan_cuda.forward([f], None, None, 1.0, softplus)
+    expected, states = scan_reference.forward([f], None, None, 1.0, softplus)
+    compare({"out": out}, {"out": expected}, "float32")
     grad = torch.randn_like(out)
-    actual = scan_cuda.selective_scan_backward(grad, *operands, states)
-    compare(SELECTIVE, actual, scan_reference.selective_scan_backward(grad, *operands, stored), "float32_grad")
+    (actual,), dz = scan_cuda.backward(grad, [f], None, None, 1.0, softplus, saved)
+    (wanted,), _ = scan_reference.backward(grad, [f], None, None, 1.0, softplus, states)
+    assert dz is None
+    compare(*(dict(zip(f._fields[:6], g[:6], strict=True)) for g in (actual, wanted)), "float32_grad")
 
 
 def test_mixed_dtypes_keep_their_own(scan_cuda):
     inputs = bidirectional_inputs(1, 5, 4, 3)
     inputs |= {name: inputs[name].bfloat16() for name in ("u", "u_b", "z")}
-    operands = (*inputs.values(), None, None)
-    out, states = forward_of(scan_cuda, *operands)
+    out, saved = forward_of(scan_cuda, inputs)
     assert out.dtype == torch.bfloat16
-    gradients = gradients_of(scan_cuda, torch.ones_like(out), *operands, states)
-    assert [g.dtype for g in gradients] == [x.dtype for x in inputs.values()]
+    gradients = gradients_of(scan_cuda, torch.ones_like(out), inputs, None, saved)
+    assert {name: g.dtype for name, g in gradients.items()} == {name: x.dtype for name, x in inputs.items()}
 
 
 def test_reasons(scan_cuda, monkeypatch):
     assert scan_cuda.unavailable(torch.device("cpu")) == "needs a CUDA device, got cpu"
-    assert scan_cuda.unavailable(torch.device("cuda", 0)) == ""
+    assert scan_cuda.unavailable(torch.device("cuda", 0)) is None
     monkeypatch.undo()
     sys.modules.pop("semivim.ops.scan_cuda")
     if importlib.util.find_spec("mamba_ssm") is None:
-        assert backends.available_backends("cpu")["cuda"] == "package mamba_ssm is not installed"
+        assert backends.available_backends("cpu")["cuda"].reason == "package mamba_ssm is not installed"

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from semivim.ops import bidirectional_scan
 from semivim.ops import scan_kernels_numba as kernels
 from semivim.ops.scan_adjoint_numba import backward_scratch
-from tests.ops.scan_cases import bidirectional_inputs
+from tests.ops.scan_cases import bidirectional_inputs, bidirectional_scan
 
 
 @pytest.mark.parametrize("scratch", (kernels.forward_scratch, backward_scratch))

@@ -1,6 +1,6 @@
 import pytest
 
-from semivim.layers.mamba import SSMIXUP_C
+from semivim.layers.ssmixup_readout import SSMIXUP_C
 from semivim.task.ssl_flags import add_semi_supervised_flags, check_semi_supervised_flags
 from semivim.utils.parser import Parser
 from semivim.utils.train_flags import add_ema_flags

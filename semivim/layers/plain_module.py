@@ -1,0 +1,26 @@
+"""Whether a module is what its class says, so that an op may use its parameters without calling it."""
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether calling a module does nothing but its class's forward.
+
+    It does not where somebody replaced or wrapped the module (LoRA, quantisation, a parametrisation, which change its
+    class), hooked it (also weight norm), or gave it a weight that is more than a tensor.
+
+    Args:
+        module: The module.
+        kind: The class whose forward is meant, exactly.
+    """
+    return (
+        type(module) is kind
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+        and isinstance(module.weight, Tensor)
+        and not is_traceable_wrapper_subclass(module.weight)  # quantised and sharded weights
+    )
