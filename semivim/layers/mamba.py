@@ -15,15 +15,13 @@ from torch.nn import functional as F
 from semivim.layers.linear import Linear
 from semivim.layers.plain_module import is_plain
 from semivim.layers.ssmixup_readout import SSMIXUP_C, add_crossed_readout, own_readout_weights
+from semivim.ops import mixer
 from semivim.ops.causal_conv import causal_conv
+from semivim.ops.eager import is_eager
+from semivim.ops.mixer import DirectionWeights, mix_tokens
 from semivim.ops.scan import Direction, scan
 
-
-@register_notrace_function
-def decay_rate(A_log: Tensor) -> Tensor:
-    """``A = -exp(A_log)``, in float32 whatever the model's dtype (float64 stays)."""
-    wide = A_log if A_log.dtype == torch.float64 else A_log.float()
-    return -torch.exp(wide)
+decay_rate = register_notrace_function(mixer.decay_rate)
 
 
 def call_conv(conv: nn.Module, x: Tensor, reverse: bool) -> Tensor:
@@ -120,11 +118,37 @@ class BidirectionalMamba(nn.Module):
         Returns:
             ``(b, l, d)``.
         """
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        xz = self.in_proj(x)
+        # Nested, as TorchScript compiles what stands behind an `and`.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if is_eager(xz) and (psi is None or self.ssmixup_c == "own"):
+                weights = self._weights()
+                if weights is not None:
+                    mix = own_readout_weights(self.ssmixup_c, psi, nu)
+                    return self.out_proj(mix_tokens(xz, weights[0], weights[1], mix, 0.5))
+        u, z = xz.chunk(2, dim=-1)
         u, u_b = self.convolve(u)
         f, g = self.direction(u, False), self.direction(u_b, True)
         y = scan([f, g], z, own_readout_weights(self.ssmixup_c, psi, nu), 0.5)
         return self.out_proj(add_crossed_readout(y, self.ssmixup_c, f, g, psi, nu))
+
+    @torch.jit.ignore
+    def _weights(self) -> tuple[DirectionWeights, DirectionWeights] | None:
+        """Weights between the outer projections; None where a layer must be called to use them."""
+        # From the modules' dictionaries: thirty look-ups of attributes would cost as much as the scan of a small block.
+        layers, own = self._modules, self._parameters
+        directions = []
+        for end, A_log in (("", "A_log"), ("_b", "A_b_log")):
+            conv, x_proj, dt_proj = layers["conv1d" + end], layers["x_proj" + end], layers["dt_proj" + end]
+            assert conv is not None and x_proj is not None and dt_proj is not None
+            if not (is_plain(conv, nn.Conv1d) and is_plain(x_proj, Linear) and is_plain(dt_proj, nn.Linear)):
+                return None
+            tensors = (
+                *(conv._parameters["weight"], conv._parameters["bias"], x_proj._parameters["weight"]),
+                *(dt_proj._parameters["weight"], dt_proj._parameters["bias"], own[A_log], own["D" + end]),
+            )
+            directions.append(DirectionWeights(*tensors))  # type: ignore[arg-type]
+        return directions[0], directions[1]
 
     def convolve(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve tokens causally in both directions: ``(b, l, e)`` to u and u_b, ``(b, l, e)`` each."""

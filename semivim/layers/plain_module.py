@@ -5,6 +5,13 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+def _is_dense(weight: Tensor | None) -> bool:
+    """Whether a weight is a tensor, not a quantised or sharded one; an export's tensors have classes of their own."""
+    if type(weight) in (nn.Parameter, Tensor):
+        return True
+    return isinstance(weight, Tensor) and not is_traceable_wrapper_subclass(weight)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether calling a module does nothing but its class's forward.
 
@@ -21,6 +28,5 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         )
         and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
-        and isinstance(module.weight, Tensor)
-        and not is_traceable_wrapper_subclass(module.weight)  # quantised and sharded weights
+        and _is_dense(module._parameters.get("weight"))
     )

@@ -6,6 +6,7 @@ are first asked for.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -130,6 +131,15 @@ def _check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}; got {name!r}")
 
 
+def _wanted(backend: str) -> str:
+    """Return the name asked for by the argument, by `use_backend` or by the environment, or "auto"."""
+    if backend == "auto":
+        backend = _blocks[-1].name if _blocks else os.environ.get("SEMIVIM_BACKEND") or "auto"
+    if backend != "auto":
+        _check_name(backend)
+    return backend
+
+
 def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """Return the name of the backend that is to run an op, whether or not it can.
 
@@ -142,15 +152,11 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype = to
     Raises:
         ValueError: If the name is unknown.
     """
-    if backend == "auto":
-        wanted = _blocks[-1].name if _blocks else os.environ.get("SEMIVIM_BACKEND") or "auto"
-        if wanted != "auto":
-            _check_name(wanted)
-        if wanted == "auto" or (op == "conv" and _unavailable(op, wanted, device, dtype)):
-            return _automatic(op, device, dtype)
-        return wanted
-    _check_name(backend)
-    return backend
+    wanted = _wanted(backend)
+    asked_by_argument = backend != "auto"
+    if wanted == "auto" or (op == "conv" and not asked_by_argument and _unavailable(op, wanted, device, dtype)):
+        return _automatic(op, device, dtype)
+    return wanted
 
 
 def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -159,6 +165,13 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> M
     Raises:
         ValueError: If the name is unknown or that backend cannot run.
     """
+    return _chosen(op, backend, _wanted(backend), device.type, dtype)
+
+
+# What can run does not change within a process, and asking costs more than a small scan.
+@functools.cache
+def _chosen(op: str, backend: str, wanted: str, device_type: str, dtype: torch.dtype) -> ModuleType:  # noqa: ARG001
+    device = torch.device(device_type)
     name = resolve(op, backend, device, dtype)
     reason = _unavailable(op, name, device, dtype)
     if reason:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from semivim.layers import mamba
 from semivim.layers.mamba import BidirectionalMamba
 from semivim.layers.ssmixup_readout import SSMIXUP_C
-from semivim.ops import use_backend
+from semivim.ops import scan_numba, use_backend
 from tests.tolerance import assert_close
 
 DIM, TOKENS, BATCH = 8, 7, 3
@@ -155,24 +155,20 @@ def test_decay_and_state_keep_float32_in_a_bfloat16_mixer():
     assert_close("y", y, wanted, "bfloat16")
 
 
-def test_the_decay_rate_is_computed_in_float32():
-    A_log = torch.linspace(-1, 3, 50).bfloat16()
-    assert mamba.decay_rate(A_log).dtype == torch.float32
-    assert torch.equal(mamba.decay_rate(A_log), -A_log.float().exp())
-    assert mamba.decay_rate(A_log.double()).dtype == torch.float64
-
-
-def test_nothing_is_copied_between_the_projections(monkeypatch):
+@pytest.mark.parametrize("direct", (True, False), ids=("direct", "ops"))
+def test_nothing_is_copied_between_the_projections(monkeypatch, direct):
     """The scan reads the gate and [B | C] as strided views of the projections' outputs."""
     seen = {}
-    original = mamba.scan
+    original = scan_numba.forward
 
     def spy(directions, z, *rest):
         seen.update(bc=directions[0].bc, z=z)
         return original(directions, z, *rest)
 
-    monkeypatch.setattr(mamba, "scan", spy)
+    monkeypatch.setattr(scan_numba, "forward", spy)
     mixer = make_mixer()
+    if not direct:
+        monkeypatch.setattr(mamba, "is_eager", lambda _: False)
     mixer(torch.randn(BATCH, TOKENS, DIM))
     assert seen["z"].stride() == (TOKENS * 4 * DIM, 4 * DIM, 1)
     assert seen["bc"].stride(1) == mixer.dt_rank + 2 * mixer.d_state

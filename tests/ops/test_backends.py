@@ -15,6 +15,14 @@ from semivim.ops.causal_conv import causal_conv
 from tests.ops.scan_cases import selective_inputs
 
 
+@pytest.fixture(autouse=True)
+def no_remembered_choice():
+    """Ask anew what can run: tests change it."""
+    backends._chosen.cache_clear()
+    yield
+    backends._chosen.cache_clear()
+
+
 def chosen(backend="auto", op="scan", dtype=torch.float32):
     return backends.choose(op, backend, torch.device("cpu"), dtype).__name__.rpartition(".")[2]
 

@@ -1,0 +1,131 @@
+"""All of Vim's mixer between its outer projections as one differentiable function, for eager mode.
+
+Convolution, projections and scan of both directions, by the same backends as the ops `causal_conv` and `scan`, with one
+autograd node for all: less host time, no masks and sums of gradients of slices, and no step sizes kept for the backward
+(they are cheap to compute again). `semivim.layers.BidirectionalMamba` takes it where `is_eager` says so.
+
+Dimensions: b images, l tokens, e channels, n states, r rank of the step size.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import choose
+from .linear import linear
+from .scan_reference import Direction
+
+REVERSE = [False, True]
+
+
+class DirectionWeights(NamedTuple):
+    """Weights of one direction of the mixer, or their gradients."""
+
+    conv_weight: Tensor  # (e, 1, k), taps of the causal convolution
+    conv_bias: Tensor  # (e,)
+    x_proj: Tensor  # (r + 2n, e), to [dt | B | C]
+    dt_proj: Tensor  # (e, r)
+    dt_bias: Tensor  # (e,)
+    A_log: Tensor  # (e, n), A = -exp(A_log)
+    D: Tensor  # (e,)
+
+
+def decay_rate(A_log: Tensor) -> Tensor:
+    """``A = -exp(A_log)``, in float32 whatever the model's dtype (float64 stays)."""
+    wide = A_log if A_log.dtype == torch.float64 else A_log.float()
+    return -torch.exp(wide)
+
+
+def _product_dtype(xz: Tensor) -> torch.dtype:
+    """Dtype of the projections: autocast's where it is on."""
+    device = xz.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else xz.dtype
+
+
+def _direction(u: Tensor, dbc: Tensor, w: DirectionWeights, reverse: bool) -> Direction:
+    """Operands of one direction's scan, from its convolved tokens and their projection [dt | B | C]."""
+    rank = w.dt_proj.shape[1]
+    delta = linear(dbc[..., :rank], w.dt_proj.to(dbc.dtype))
+    return Direction(u, delta, dbc[..., rank:], decay_rate(w.A_log), w.D, w.dt_bias, reverse)
+
+
+def _forward(
+    xz: Tensor, mix: Tensor | None, scale: float, weights: list[DirectionWeights]
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], tuple[Any, Any]]:
+    """Return the output, what the scan saves, u and [dt | B | C] of each direction, and both backends."""
+    x, z = xz.chunk(2, -1)
+    conv, scan = (choose(op, "auto", xz.device, xz.dtype) for op in ("conv", "scan"))
+    us = conv.forward(x, [(w.conv_weight, w.conv_bias) for w in weights], REVERSE)
+    dtype = _product_dtype(xz)
+    dbcs = [linear(u.to(dtype), w.x_proj.to(dtype)) for u, w in zip(us, weights, strict=True)]
+    directions = [_direction(u, dbc, w, back) for u, dbc, w, back in zip(us, dbcs, weights, REVERSE, strict=True)]
+    out, saved = scan.forward(directions, z, mix, scale, True)
+    return out, saved, us, dbcs, (conv, scan)
+
+
+class _Mixer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, xz: Tensor, mix: Tensor | None, scale: float, *tensors: Tensor) -> Tensor:
+        half = len(tensors) // 2
+        weights = [DirectionWeights(*tensors[:half]), DirectionWeights(*tensors[half:])]
+        out, saved, us, dbcs, ctx.backends = _forward(xz, mix, scale, weights)
+        ctx.scale = scale
+        ctx.save_for_backward(xz, mix, saved, *us, *dbcs, *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        xz, mix, saved, u, u_b, dbc, dbc_b, *tensors = ctx.saved_tensors
+        half = len(tensors) // 2
+        weights = [DirectionWeights(*tensors[:half]), DirectionWeights(*tensors[half:])]
+        conv, scan = ctx.backends
+        x, z = xz.chunk(2, -1)
+        us, dbcs = (u, u_b), (dbc, dbc_b)
+        directions = [_direction(u, dbc, w, back) for u, dbc, w, back in zip(us, dbcs, weights, REVERSE, strict=True)]
+        gradients, dz = scan.backward(grad, directions, z, mix, ctx.scale, True, saved)
+        dus, of_weights = [], []
+        for f, of, dbc, w in zip(directions, gradients, dbcs, weights, strict=True):
+            du, dx_proj, ddt_proj = _projections_backward(f, of, dbc, w)
+            dus.append(du)
+            of_weights.append([dx_proj, ddt_proj, of.delta_bias, (of.A * f.A).to(w.A_log.dtype), of.D])
+        dx, of_conv = conv.backward(dus, x, [(w.conv_weight, w.conv_bias) for w in weights], REVERSE)
+        flat = [g for pair, rest in zip(of_conv, of_weights, strict=True) for g in (*pair, *rest)]
+        return torch.cat([dx, dz], -1), None, None, *flat
+
+
+def _projections_backward(
+    f: Direction, of: Direction, dbc: Tensor, w: DirectionWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u (the scan's and the projection's together), x_proj and dt_proj of one direction."""
+    dtype, rank = dbc.dtype, w.dt_proj.shape[1]
+    ddelta = of.delta.flatten(0, 1)
+    ddbc = torch.cat([ddelta @ w.dt_proj.to(dtype), of.bc.flatten(0, 1)], -1)
+    ddt_proj = ddelta.t() @ dbc[..., :rank].flatten(0, 1)
+    dx_proj = ddbc.t() @ f.u.flatten(0, 1).to(dtype)
+    du = of.u + (ddbc @ w.x_proj.to(dtype)).view_as(of.u)
+    return du, dx_proj.to(w.x_proj.dtype), ddt_proj.to(w.dt_proj.dtype)
+
+
+def mix_tokens(
+    xz: Tensor, forward: DirectionWeights, backward: DirectionWeights, mix: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Convolve, project and scan tokens in both directions.
+
+    Args:
+        xz: Tokens and their gate, ``(b, l, 2e)``: the input projection's output.
+        forward: Weights of the direction from the first token to the last.
+        backward: Weights of the direction from the last token to the first.
+        mix: Weight of each direction's ungated read-out, ``(b, 2)``; no gradient.
+        scale: Factor of the sum (see `semivim.ops.scan.scan`).
+
+    Returns:
+        ``(b, l, e)``, in the dtype of ``xz``. It can be differentiated once.
+
+    Source: Zhu et al. 2024 (arXiv:2401.09417), Algorithm 1; Semi-ViM Eq. (14)-(16).
+    """
+    if torch.is_grad_enabled():
+        return _Mixer.apply(xz, mix, scale, *forward, *backward)
+    return _forward(xz, mix, scale, [forward, backward])[0]

@@ -1,0 +1,114 @@
+import pytest
+import torch
+
+from semivim.layers import BidirectionalMamba, mamba
+from semivim.ops import use_backend
+from semivim.ops.mixer import decay_rate
+from tests.ops.scan_cases import BACKENDS
+from tests.tolerance import assert_close
+
+BATCH, TOKENS, DIM = 3, 70, 8
+
+
+def make_mixer(dtype=torch.float32):
+    mixer = BidirectionalMamba(DIM, d_state=4)
+    with torch.no_grad():
+        for weight in mixer.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+    return mixer.to(dtype)
+
+
+def run(mixer, x, mix=()):
+    """Output and gradients of the input and of every parameter that has one."""
+    x = x.detach().requires_grad_()
+    y = mixer(x, *mix)
+    learned = {name: p for name, p in mixer.named_parameters() if p.requires_grad}
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return {"y": y, **dict(zip(("x", *learned), torch.autograd.grad(y, [x, *learned.values()], grad), strict=True))}
+
+
+@pytest.fixture
+def both_paths(monkeypatch):
+    """Run a mixer by its direct path and by the registered ops."""
+
+    def run_both(mixer, x, *mix):
+        direct = run(mixer, x, mix)
+        with monkeypatch.context() as patch:
+            patch.setattr(mamba, "is_eager", lambda _: False)
+            return direct, run(mixer, x, mix)
+
+    return run_both
+
+
+def compare(direct, by_ops, tolerance):
+    assert list(direct) == list(by_ops)
+    for name, expected in by_ops.items():
+        assert direct[name].dtype == expected.dtype and direct[name].shape == expected.shape
+        assert_close(name, direct[name], expected, tolerance)
+
+
+@pytest.mark.parametrize("mixed", (False, True), ids=("plain", "mixed"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_paths_agree(both_paths, backend, mixed):
+    mix = (torch.rand(BATCH), torch.rand(BATCH)) if mixed else ()
+    with use_backend(backend):
+        compare(*both_paths(make_mixer(), torch.randn(BATCH, TOKENS, DIM), *mix), "float32_grad")
+
+
+def test_both_paths_agree_in_float64(both_paths):
+    compare(*both_paths(make_mixer(torch.float64), torch.randn(BATCH, TOKENS, DIM).double()), "float64")
+
+
+def test_both_paths_agree_in_bfloat16(both_paths):
+    compare(*both_paths(make_mixer(torch.bfloat16), torch.randn(BATCH, TOKENS, DIM).bfloat16()), "bfloat16")
+
+
+def test_both_paths_agree_under_autocast(both_paths):
+    mixer, x = make_mixer(), torch.randn(BATCH, TOKENS, DIM)
+    exact = run(mixer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        direct, by_ops = both_paths(mixer, x)
+    compare(direct, by_ops, "bfloat16")
+    assert direct["y"].dtype == torch.bfloat16 and direct["A_log"].dtype == torch.float32
+    assert_close("y", direct["y"], exact["y"], "bfloat16")
+
+
+@pytest.mark.parametrize("frozen", ("conv1d", "x_proj_b", "dt_proj", "A_log", "in_proj", ""), ids=str)
+def test_frozen_weights_get_no_gradient(both_paths, frozen):
+    mixer = make_mixer()
+    for name, p in mixer.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    compare(*both_paths(mixer, torch.randn(BATCH, TOKENS, DIM)), "float32_grad")
+
+
+def test_without_gradients_the_numbers_are_the_same():
+    mixer, x = make_mixer(), torch.randn(BATCH, TOKENS, DIM)
+    y = mixer(x)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert torch.equal(mixer(x), y)
+
+
+def test_a_second_derivative_is_refused():
+    mixer, x = make_mixer(), torch.randn(BATCH, TOKENS, DIM, requires_grad=True)
+    (dx,) = torch.autograd.grad(mixer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_the_backward_keeps_no_step_sizes():
+    """What is saved is the input, the outputs of the convolution and of x_proj, the scan's states and the weights."""
+    mixer = make_mixer()
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(tuple(t.shape)) or t, lambda t: t):
+        mixer(torch.randn(BATCH, TOKENS, DIM))
+    inner = 2 * DIM
+    assert sizes.count((BATCH, TOKENS, inner)) == 2  # u and u_b
+    assert sizes.count((BATCH, TOKENS, 2 * inner)) == 1
+
+
+def test_the_decay_rate_is_computed_in_float32():
+    A_log = torch.linspace(-1, 3, 50).bfloat16()
+    assert decay_rate(A_log).dtype == torch.float32
+    assert torch.equal(decay_rate(A_log), -A_log.float().exp())
+    assert decay_rate(A_log.double()).dtype == torch.float64
