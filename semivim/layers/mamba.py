@@ -22,6 +22,10 @@ from semivim.ops.mixer import DirectionWeights, mix_tokens
 from semivim.ops.scan import Direction, scan
 
 decay_rate = register_notrace_function(mixer.decay_rate)
+# What looks at its arguments is one node to torch.fx, as it is to timm's tracer.
+torch.fx.wrap("decay_rate")
+torch.fx.wrap("own_readout_weights")
+torch.fx.wrap("add_crossed_readout")
 
 
 def call_conv(conv: nn.Module, x: Tensor, reverse: bool) -> Tensor:

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import onnx_graph
+from . import conv_reference, onnx_graph
 from .backends import choose, of_forward
+from .eager import differentiable_gradients, is_transformed
 
 
-def _check(x: Tensor, weights: list[Tensor], reverse: list[bool]) -> None:
+def _check(x: Tensor, weights: list[Tensor], reverse: list[int]) -> None:
     """Name the argument that does not fit."""
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x must be (b, l, d) of a floating dtype, got {tuple(x.shape)} of {x.dtype}")
-    if len(weights) != 2 * len(reverse) or list(reverse) not in ([False], [True], [False, True], [True, False]):
+    if len(weights) != 2 * len(reverse) or _bools(reverse) not in ([False], [True], [False, True], [True, False]):
         raise ValueError(
             f"weights must be one pair (weight, bias), or two that run in opposite directions, got {len(weights) // 2} "
-            f"with reverse = {list(reverse)}"
+            f"with reverse = {_bools(reverse)}"
         )
     d, taps = x.shape[2], weights[0].shape[-1]
     for i, w in enumerate(weights):
@@ -37,17 +38,21 @@ def _pairs(weights: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(weights[::2], weights[1::2], strict=True))
 
 
+def _bools(reverse: list[int]) -> list[bool]:
+    return [bool(back) for back in reverse]
+
+
 def _new(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("semivim::causal_conv", mutates_args=())
-def _causal_conv(x: Tensor, weights: list[Tensor], reverse: list[bool], backend: str) -> list[Tensor]:
+def _causal_conv(x: Tensor, weights: list[Tensor], reverse: list[int], backend: str) -> list[Tensor]:
     _check(x, weights, reverse)
     module = choose("conv", backend, x.device, x.dtype)
     if x.numel() == 0:
         return [_new(x) for _ in reverse]
-    return module.forward(x, _pairs(weights), reverse)
+    return module.forward(x, _pairs(weights), _bools(reverse))
 
 
 @_causal_conv.register_fake
@@ -58,12 +63,12 @@ def _causal_conv_fake(x, weights, reverse, backend):  # type: ignore[no-untyped-
 
 @torch.library.custom_op("semivim::causal_conv_backward", mutates_args=())
 def _causal_conv_backward(
-    grads: list[Tensor], x: Tensor, weights: list[Tensor], reverse: list[bool], backend: str
+    grads: list[Tensor], x: Tensor, weights: list[Tensor], reverse: list[int], backend: str
 ) -> list[Tensor]:
     """Gradients of x and the weights."""
     if x.numel() == 0:
         return [_new(x), *(torch.zeros_like(w) for w in weights)]
-    dx, gradients = choose("conv", backend, x.device, x.dtype).backward(grads, x, _pairs(weights), reverse)
+    dx, gradients = choose("conv", backend, x.device, x.dtype).backward(grads, x, _pairs(weights), _bools(reverse))
     return [dx, *(g for pair in gradients for g in pair)]
 
 
@@ -80,6 +85,13 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa:
 
 def _differentiate(ctx, grads):  # type: ignore[no-untyped-def]
     x, *weights = ctx.saved_tensors
+    if torch.is_grad_enabled():  # by create_graph: the gradients are to be differentiated themselves
+
+        def plain(x: Tensor, *weights: Tensor) -> list[Tensor]:
+            return conv_reference.forward(x, _pairs(list(weights)), _bools(ctx.reverse))
+
+        dx, *gradients = differentiable_gradients(plain, [x, *weights], grads)
+        return dx, gradients, None, None
     dx, *gradients = torch.ops.semivim.causal_conv_backward(grads, x, weights, ctx.reverse, ctx.backend)
     return dx, gradients, None, None
 
@@ -118,10 +130,14 @@ def causal_conv(
     Source: Zhu et al. 2024 (Vision Mamba, arXiv:2401.09417), Algorithm 1.
     """
     # Nested, as TorchScript compiles what stands behind an `and`.
-    if not torch.jit.is_scripting():  # noqa: SIM102
+    if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():
             return onnx_graph.causal_conv(x, weights, reverse)
+        if not torch.compiler.is_compiling():  # noqa: SIM102
+            if is_transformed():
+                return conv_reference.forward(x, weights, reverse)
     flat: list[Tensor] = []
     for weight, bias in weights:
         flat += [weight, bias]
-    return torch.ops.semivim.causal_conv(x, flat, reverse, "auto" if backend is None else backend)
+    directions = [int(back) for back in reverse]
+    return torch.ops.semivim.causal_conv(x, flat, directions, "auto" if backend is None else backend)

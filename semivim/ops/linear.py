@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .eager import is_transformed
+
 # Below this many rows or columns, transposing both operands of the weight's gradient costs more than the product gains.
 _NARROW = 64
 _X86 = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
@@ -51,9 +53,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes a product: plain float32 tensors of an x86 CPU, run and not recorded."""
+    """Whether oneDNN computes a product: plain float32 tensors of an x86 CPU, run and not recorded or transformed."""
     return (
         _X86
+        and isinstance(x, Tensor)  # torch.fx passes what stands for one
+        and not is_transformed()
         and not (torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"))
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -79,4 +83,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if not _by_onednn(x, weight):
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if not torch.is_grad_enabled():
+        return _product(rows, weight.contiguous()).view(*x.shape[:-1], -1)
     return _Linear.apply(rows, weight.contiguous()).view(*x.shape[:-1], -1)

@@ -7,14 +7,17 @@ autograd node for all: less host time, no masks and sums of gradients of slices,
 Dimensions: b images, l tokens, e channels, n states, r rank of the step size.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import choose
+from .causal_conv import causal_conv
+from .eager import differentiable_gradients
 from .linear import linear
+from .scan import scan
 from .scan_reference import Direction
 
 REVERSE = [False, True]
@@ -65,22 +68,32 @@ def _forward(
     return out, saved, us, dbcs, (conv, scan)
 
 
+def _split(tensors: Sequence[Tensor]) -> list[DirectionWeights]:
+    """Sort tensors by direction, forward first."""
+    half = len(tensors) // 2
+    return [DirectionWeights(*tensors[:half]), DirectionWeights(*tensors[half:])]
+
+
 class _Mixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, xz: Tensor, mix: Tensor | None, scale: float, *tensors: Tensor) -> Tensor:
-        half = len(tensors) // 2
-        weights = [DirectionWeights(*tensors[:half]), DirectionWeights(*tensors[half:])]
+        weights = _split(tensors)
         out, saved, us, dbcs, ctx.backends = _forward(xz, mix, scale, weights)
         ctx.scale = scale
         ctx.save_for_backward(xz, mix, saved, *us, *dbcs, *tensors)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xz, mix, saved, u, u_b, dbc, dbc_b, *tensors = ctx.saved_tensors
-        half = len(tensors) // 2
-        weights = [DirectionWeights(*tensors[:half]), DirectionWeights(*tensors[half:])]
+        weights = _split(tensors)
+        if torch.is_grad_enabled():  # by create_graph: the gradients are to be differentiated themselves
+
+            def by_ops(xz: Tensor, *tensors: Tensor) -> Tensor:
+                return _by_ops(xz, mix, ctx.scale, _split(tensors))
+
+            dxz, *gradients = differentiable_gradients(by_ops, [xz, *tensors], grad)
+            return dxz, None, None, *gradients
         conv, scan = ctx.backends
         x, z = xz.chunk(2, -1)
         us, dbcs = (u, u_b), (dbc, dbc_b)
@@ -94,6 +107,14 @@ class _Mixer(torch.autograd.Function):
         dx, of_conv = conv.backward(dus, x, [(w.conv_weight, w.conv_bias) for w in weights], REVERSE)
         flat = [g for pair, rest in zip(of_conv, of_weights, strict=True) for g in (*pair, *rest)]
         return torch.cat([dx, dz], -1), None, None, *flat
+
+
+def _by_ops(xz: Tensor, mix: Tensor | None, scale: float, weights: list[DirectionWeights]) -> Tensor:
+    """The same output by the registered ops, which can be differentiated twice."""
+    x, z = xz.chunk(2, -1)
+    us = causal_conv(x, [(w.conv_weight, w.conv_bias) for w in weights], REVERSE)
+    directions = [_direction(u, linear(u, w.x_proj), w, back) for u, w, back in zip(us, weights, REVERSE, strict=True)]
+    return scan(directions, z, mix, scale)
 
 
 def _projections_backward(
@@ -122,7 +143,7 @@ def mix_tokens(
         scale: Factor of the sum (see `semivim.ops.scan.scan`).
 
     Returns:
-        ``(b, l, e)``, in the dtype of ``xz``. It can be differentiated once.
+        ``(b, l, e)``, in the dtype of ``xz``.
 
     Source: Zhu et al. 2024 (arXiv:2401.09417), Algorithm 1; Semi-ViM Eq. (14)-(16).
     """

@@ -34,6 +34,11 @@ def scan(
     delta_softplus: bool = True,
 ) -> Tensor:
     """As `semivim.ops.scan.scan`, by torch's scan over all directions at once."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "the legacy ONNX exporter cannot translate a scan: give torch.onnx.export dynamo=True "
+            "(timm's onnx_export.py: --dynamo)"
+        )
     # A prototype of torch with no public name yet; an older torch lacks it, and only the export with it.
     from torch._higher_order_ops.scan import scan as torch_scan
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import onnx_graph
+from . import onnx_graph, scan_reference
 from .backends import choose, of_forward, resolved_module
+from .eager import differentiable_gradients, is_transformed
 from .scan_reference import Direction, direction_of, last_state, operands_of, state_dtype
 
 OPERANDS = 6  # tensors of a direction
@@ -34,7 +35,7 @@ def _check_kind(name: str, x: Tensor | None, u: Tensor) -> None:
         raise ValueError(f"{name} must have a real floating dtype, got {x.dtype}")
 
 
-def _check_operands(operands: list[Tensor], reverse: list[bool], z: Tensor | None, mix: Tensor | None) -> None:
+def _check_operands(operands: list[Tensor], reverse: list[int], z: Tensor | None, mix: Tensor | None) -> None:
     """Name the operand whose shape, device or dtype does not fit, by its direction."""
     if not reverse or len(operands) != OPERANDS * len(reverse):
         raise ValueError(f"directions must hold one or more of {OPERANDS} tensors each, got {len(operands)} tensors")
@@ -59,9 +60,9 @@ def _check_operands(operands: list[Tensor], reverse: list[bool], z: Tensor | Non
     _check("mix", mix, (b, len(reverse)), "b, K")
 
 
-def _directions(operands: list[Tensor], reverse: list[bool]) -> list[Direction]:
+def _directions(operands: list[Tensor], reverse: list[int]) -> list[Direction]:
     starts = range(0, len(operands), OPERANDS)
-    return [direction_of(operands[i : i + OPERANDS], back) for i, back in zip(starts, reverse, strict=True)]
+    return [direction_of(operands[i : i + OPERANDS], bool(back)) for i, back in zip(starts, reverse, strict=True)]
 
 
 def _new(x: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def _new_saved(operands: list[Tensor], directions: int, backend: str) -> Tensor:
 @torch.library.custom_op("semivim::scan", mutates_args=())
 def _scan(
     operands: list[Tensor],
-    reverse: list[bool],
+    reverse: list[int],
     z: Tensor | None,
     mix: Tensor | None,
     scale: float,
@@ -102,7 +103,7 @@ def _scan_fake(operands, reverse, z, mix, scale, delta_softplus, backend):  # ty
 def _scan_backward(
     grad: Tensor,
     operands: list[Tensor],
-    reverse: list[bool],
+    reverse: list[int],
     z: Tensor | None,
     mix: Tensor | None,
     scale: float,
@@ -143,6 +144,16 @@ def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
     *operands, z, mix, saved = ctx.saved_tensors
     if grad is None:
         return [None] * len(operands), None, None, None, None, None, None
+    if torch.is_grad_enabled():  # by create_graph: the gradients are to be differentiated themselves
+
+        def plain(*tensors: Tensor) -> Tensor:
+            directions = _directions(list(tensors[: len(operands)]), ctx.reverse)
+            gate = None if z is None else tensors[-1]
+            return scan_reference.forward(directions, gate, mix, ctx.scale, ctx.delta_softplus)[0]
+
+        gradients = differentiable_gradients(plain, operands if z is None else [*operands, z], grad)
+        dz = None if z is None else gradients.pop()
+        return gradients, None, dz, None, None, None, None
     gradients = torch.ops.semivim.scan_backward(
         grad, operands, ctx.reverse, z, mix, ctx.scale, ctx.delta_softplus, saved, ctx.backend
     )
@@ -191,16 +202,20 @@ def scan(
         ValueError: If a shape, device or dtype does not fit, or the named backend cannot run.
 
     Source: Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2; Semi-ViM Eq. (1)-(3), (15)-(16).
+    Transforms of `torch.func`, forward-mode and second derivatives run token by token in plain torch.
     """
     # Nested, as TorchScript compiles what stands behind an `and`.
-    if not torch.jit.is_scripting():  # noqa: SIM102
+    if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():
             return onnx_graph.scan(directions, z, mix, scale, delta_softplus)
+        if not torch.compiler.is_compiling():  # noqa: SIM102
+            if is_transformed():
+                return scan_reference.forward(directions, z, mix, scale, delta_softplus)[0]
     operands: list[Tensor] = []
-    reverse: list[bool] = []
+    reverse: list[int] = []
     for f in directions:
         operands += [f.u, f.delta, f.bc, f.A, f.D, f.delta_bias]
-        reverse.append(f.reverse)
+        reverse.append(int(f.reverse))
     name = "auto" if backend is None else backend
     return torch.ops.semivim.scan(operands, reverse, z, mix, scale, delta_softplus, name)[0]
 

@@ -89,11 +89,30 @@ def test_without_gradients_the_numbers_are_the_same():
             assert torch.equal(mixer(x), y)
 
 
-def test_a_second_derivative_is_refused():
-    mixer, x = make_mixer(), torch.randn(BATCH, TOKENS, DIM, requires_grad=True)
-    (dx,) = torch.autograd.grad(mixer(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+@pytest.mark.parametrize("direct", (True, False), ids=("direct", "ops"))
+def test_second_derivatives_are_right(monkeypatch, direct):
+    """By finite differences of the gradient, in float64, which the reference backend keeps."""
+    if not direct:
+        monkeypatch.setattr(mamba, "is_eager", lambda _: False)
+    mixer = make_mixer(torch.float64)
+    x = torch.randn(1, 4, DIM, dtype=torch.float64, requires_grad=True)
+    names, weights = zip(*mixer.named_parameters(), strict=True)
+    first = torch.autograd.grad(mixer(x).square().sum(), weights, create_graph=True)
+    for a, b in zip(first, torch.autograd.grad(mixer(x).square().sum(), weights), strict=True):
+        torch.testing.assert_close(a, b)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+    for name, weight, gradient in zip(names, weights, second, strict=True):
+        step = torch.randn_like(weight) * 1e-5
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight.add_(sign * step)
+            gradients = torch.autograd.grad(mixer(x).square().sum(), weights)
+            values.append(sum(g.square().sum() for g in gradients))
+            with torch.no_grad():
+                weight.sub_(sign * step)
+        expected = (values[0] - values[1]) / 2
+        torch.testing.assert_close((gradient * step).sum(), expected, rtol=1e-4, atol=1e-12, msg=name)
 
 
 def test_the_backward_keeps_no_step_sizes():

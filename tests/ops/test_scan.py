@@ -282,7 +282,7 @@ def test_a_backward_refuses_what_another_backend_saved():
     operands = [x for f in directions_of(inputs) for x in f[:6]]
     with pytest.raises(ValueError, match="must get 64 saved values an image, got 63"):
         torch.ops.semivim.scan_backward(
-            inputs["z"], operands, [False, True], inputs["z"], None, 0.5, True, torch.ones(1, 63), "numba"
+            inputs["z"], operands, [0, 1], inputs["z"], None, 0.5, True, torch.ones(1, 63), "numba"
         )
 
 
@@ -314,7 +314,7 @@ def test_opcheck(backend, transposed):
     directions = directions_of(inputs)
     operands = [x for f in directions for x in f[:6]]
     op = torch.ops.semivim.scan.default
-    torch.library.opcheck(op, (operands, [False, True], inputs["z"], mixing(1)["mix"], 0.5, True, backend))
+    torch.library.opcheck(op, (operands, [0, 1], inputs["z"], mixing(1)["mix"], 0.5, True, backend))
     torch.library.opcheck(op, (operands[6:], [True], None, None, 1.0, False, backend))
 
 
