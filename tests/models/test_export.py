@@ -111,7 +111,8 @@ def test_an_optimizer_of_second_order_steps(model):
     assert not torch.equal(model.blocks[0].mixer.A_log, before)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit", "ignore:.*legacy", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit", "ignore:.*legacy")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_the_legacy_onnx_exporter_is_refused_in_one_line(model):
     with pytest.raises(ValueError, match=r"^the legacy ONNX exporter .* dynamo=True"):
         torch.onnx.export(model, (image(2),), io.BytesIO(), dynamo=False)
