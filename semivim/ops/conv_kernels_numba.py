@@ -3,7 +3,7 @@
 
 Sixteen channels are in the lanes of a vector. A task is one image and one block of channels. The backward walks the
 tokens once: it keeps the gradients of the last k sums in a ring and recomputes the sums. Gradients of weights and
-biases are summed over tokens per image.
+biases are summed over tokens per image, then over images in their order.
 """
 
 from .vector_numba import (
@@ -13,12 +13,14 @@ from .vector_numba import (
     accumulate,
     compiled,
     load,
+    load_float,
     load_lanes,
     prefetch,
     record,
     sigmoid,
     splat,
     store,
+    store_float,
     store_lanes,
 )
 
@@ -26,53 +28,81 @@ GROUPS = 4  # vectors of channels in a task
 AHEAD = 24  # tokens; rows lie too far apart for a processor to guess them
 BLOCK = GROUPS * LANES
 
-# Addresses and strides in bytes; u and grad are 0 where the causal direction is absent, u_b and grad_b where the other
-# one is. `weights` holds float32 (2, k + 1, lanes): for each direction the taps and, last, the
-# bias; `dweights` the same per image. `ring` is a power of two that holds k tokens.
+# Addresses and strides in bytes. Where a direction is absent its weight (channels, 1, taps), bias, u, grad and
+# gradients are 0; weights, biases and their gradients are dense float32. `sums` holds float32 sums over tokens, by
+# image, direction and tap, the bias last: (images, 2, taps + 1, lanes). `ring` is a power of two that holds k tokens.
 CALL = record(
-    *("tokens", "channels", "lanes", "blocks", "taps", "ring", "size", "weights", "dweights", "dx", SOURCE),
+    *("images", "tokens", "channels", "lanes", "blocks", "taps", "ring", "size", "dx", "sums", SOURCE),
     *(f"{name}{part}" for name in ("x", "grad", "grad_b") for part in ("", "_image", "_token")),
-    *("u", "u_b"),
+    *(f"{name}{end}" for end in ("", "_b") for name in ("weight", "bias", "u", "dweight", "dbias")),
 )
+
+
+def weights_scratch(taps: int) -> int:
+    """Bytes in which a task keeps the weights of its channels, the taps and last the bias of each direction."""
+    return 2 * (taps + 1) * BLOCK * 4
+
+
+def ring_scratch(ring: int) -> int:
+    """Bytes of the rings of a task's backward."""
+    return 2 * ring * GROUPS * WIDTH
+
+
+@compiled
+def _pack_weights(call, block, packed):
+    """Copy the weights of a block's channels to lanes, zeros for channels and directions that do not exist."""
+    for direction in range(2):
+        weight, bias = call.weight, call.bias
+        if direction == 1:
+            weight, bias = call.weight_b, call.bias_b
+        at = packed + direction * (call.taps + 1) * BLOCK * 4
+        for lane in range(BLOCK):
+            channel = block * BLOCK + lane
+            exists = weight != 0 and channel < call.channels
+            for j in range(call.taps):
+                tap = load_float(weight + (channel * call.taps + j) * 4) if exists else 0.0
+                store_float(at + (j * BLOCK + lane) * 4, tap)
+            store_float(at + (call.taps * BLOCK + lane) * 4, load_float(bias + channel * 4) if exists else 0.0)
 
 
 @compiled
 def _sum(kind, call, x, token, lanes, weights, back):
     """One direction's sum before SiLU at one token; x and weights are at the task's image and channels."""
     last = call.taps - 1
-    total = load(weights + call.taps * call.lanes * 4)
+    total = load(weights + call.taps * BLOCK * 4)
     step, missing = call.x_token, last - token
     if back:
         step, missing = -call.x_token, token + last - call.tokens + 1
     first = x + token * call.x_token - last * step
     for j in range(max(0, missing), call.taps):
-        total = total + load(weights + j * call.lanes * 4) * load_lanes(kind, first + j * step, lanes)
+        total = total + load(weights + j * BLOCK * 4) * load_lanes(kind, first + j * step, lanes)
     return total
 
 
 @compiled
-def forward(kind, calls, begin, end):
+def forward(kind, calls, packed, begin, end):
     """Run the tasks of a range."""
     call = calls[0]
     for task in range(begin, end):
         image, block = task // call.blocks, task % call.blocks
+        _pack_weights(call, block, packed)
         for token in range(call.tokens):
             for c in range(block * BLOCK, min(call.channels, (block + 1) * BLOCK), LANES):
                 lanes = call.channels - c
                 x = call.x + image * call.x_image + c * call.size
                 prefetch(x + (token + AHEAD) * call.x_token)
-                ahead = call.weights + 4 * c
+                weights = packed + 4 * (c - block * BLOCK)
                 out = ((image * call.tokens + token) * call.channels + c) * call.size
                 if call.u:
-                    s = _sum(kind, call, x, token, lanes, ahead, False)
+                    s = _sum(kind, call, x, token, lanes, weights, False)
                     store_lanes(kind, call.u + out, lanes, s * sigmoid(s))
                 if call.u_b:
-                    s = _sum(kind, call, x, token, lanes, ahead + (call.taps + 1) * call.lanes * 4, True)
+                    s = _sum(kind, call, x, token, lanes, weights + (call.taps + 1) * BLOCK * 4, True)
                     store_lanes(kind, call.u_b + out, lanes, s * sigmoid(s))
 
 
 @compiled
-def _into_sum(kind, call, x, grad, token, lanes, weights, dweights, back):
+def _sum_backward(kind, call, x, grad, token, lanes, weights, sums, back):
     """Gradient of one direction's sum at one token; adds to those of its taps and bias."""
     s = _sum(kind, call, x, token, lanes, weights, back)
     gate = sigmoid(s)
@@ -83,56 +113,79 @@ def _into_sum(kind, call, x, grad, token, lanes, weights, dweights, back):
         step, missing = -call.x_token, token + last - call.tokens + 1
     first = x + token * call.x_token - last * step
     for j in range(max(0, missing), call.taps):
-        accumulate(dweights + j * call.lanes * 4, ds * load_lanes(kind, first + j * step, lanes))
-    accumulate(dweights + call.taps * call.lanes * 4, ds)
+        accumulate(sums + j * call.lanes * 4, ds * load_lanes(kind, first + j * step, lanes))
+    accumulate(sums + call.taps * call.lanes * 4, ds)
     return ds
 
 
 @compiled
-def _backward_token(kind, call, image, c, now, ring):
-    """Enter sum `now` of the causal direction and `now - k + 1` of the other; write dx of the latter token."""
+def _backward_token(kind, call, image, c, now, weights, ring):
+    """Take sum `now` of the causal direction and `now - k + 1` of the other; write dx of the latter token."""
     last, lanes = call.taps - 1, call.channels - c
     token = now - last
-    direction = (call.taps + 1) * call.lanes * 4
+    to_other = (call.taps + 1) * BLOCK * 4
+    to_other_sums = (call.taps + 1) * call.lanes * 4
     x = call.x + image * call.x_image + c * call.size
-    weights, dweights = call.weights + 4 * c, call.dweights + 4 * c + image * 2 * direction
+    sums = call.sums + 4 * c + image * 2 * to_other_sums
     ring_b, wrap = ring + call.ring * WIDTH, call.ring - 1
     ds = splat(0.0)
     if call.grad and now < call.tokens:
         grad = call.grad + image * call.grad_image + now * call.grad_token + c * call.size
-        ds = _into_sum(kind, call, x, grad, now, lanes, weights, dweights, False)
+        ds = _sum_backward(kind, call, x, grad, now, lanes, weights, sums, False)
     store(ring + (now & wrap) * WIDTH, ds)
     if token < 0:
         return
     ds = splat(0.0)
     if call.grad_b:
         grad = call.grad_b + image * call.grad_b_image + token * call.grad_b_token + c * call.size
-        ds = _into_sum(kind, call, x, grad, token, lanes, weights + direction, dweights + direction, True)
+        ds = _sum_backward(kind, call, x, grad, token, lanes, weights + to_other, sums + to_other_sums, True)
     store(ring_b + (token & wrap) * WIDTH, ds)
     dx = splat(0.0)
     for j in range(call.taps):
-        tap = weights + j * call.lanes * 4
+        tap = weights + j * BLOCK * 4
         dx = dx + load(tap) * load(ring + ((now - j) & wrap) * WIDTH)
-        dx = dx + load(tap + direction) * load(ring_b + ((token - last + j) & wrap) * WIDTH)
+        dx = dx + load(tap + to_other) * load(ring_b + ((token - last + j) & wrap) * WIDTH)
     at = call.dx + ((image * call.tokens + token) * call.channels + c) * call.size
     store_lanes(kind, at, lanes, dx)
 
 
 @compiled
 def backward(kind, calls, scratch, begin, end):
-    """Run the tasks of a range; dweights is zero before."""
+    """Run the tasks of a range."""
     call = calls[0]
+    rings = scratch + 2 * (call.taps + 1) * BLOCK * 4
     for task in range(begin, end):
         image, block = task // call.blocks, task % call.blocks
-        for at in range(scratch, scratch + 2 * call.ring * GROUPS * WIDTH, WIDTH):
+        _pack_weights(call, block, scratch)
+        for at in range(rings, rings + 2 * call.ring * GROUPS * WIDTH, WIDTH):
             store(at, splat(0.0))
+        for group in range(GROUPS):
+            c = block * BLOCK + group * LANES
+            if c < call.channels:
+                for row in range(2 * (call.taps + 1)):
+                    store(call.sums + ((image * 2 * (call.taps + 1) + row) * call.lanes + c) * 4, splat(0.0))
         for now in range(call.tokens + call.taps - 1):
             for group in range(GROUPS):
                 c = block * BLOCK + group * LANES
                 if c < call.channels:
-                    _backward_token(kind, call, image, c, now, scratch + 2 * call.ring * group * WIDTH)
+                    weights = scratch + group * WIDTH
+                    _backward_token(kind, call, image, c, now, weights, rings + 2 * call.ring * group * WIDTH)
 
 
-def backward_scratch(ring: int) -> int:
-    """Bytes of a thread's scratch in the backward."""
-    return 2 * ring * GROUPS * WIDTH
+@compiled
+def sum_images(calls):
+    """Write the gradients of weights and biases: the sums over images, in their order."""
+    call = calls[0]
+    for direction in range(2):
+        dweight, dbias = call.dweight, call.dbias
+        if direction == 1:
+            dweight, dbias = call.dweight_b, call.dbias_b
+        if dweight:
+            for j in range(call.taps + 1):
+                for channel in range(call.channels):
+                    total = load_float(call.sums + ((direction * (call.taps + 1) + j) * call.lanes + channel) * 4)
+                    for image in range(1, call.images):
+                        row = (image * 2 + direction) * (call.taps + 1) + j
+                        total = total + load_float(call.sums + (row * call.lanes + channel) * 4)
+                    at = dbias + channel * 4 if j == call.taps else dweight + (channel * call.taps + j) * 4
+                    store_float(at, total)

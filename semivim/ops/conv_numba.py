@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import conv_kernels_numba as kernels
-from .launch_numba import dense_rows
+from .launch_numba import dense_rows, filled
 from .launch_numba import unavailable as unavailable
 from .threads import aligned_scratch, run_tasks
 from .vector_numba import BFLOAT16, FLOAT32, LANES
@@ -19,77 +19,91 @@ def ring_size(taps: int) -> int:
     return 1 << (taps - 1).bit_length()
 
 
-class _Launch:
-    """A call's record, and the tensors whose addresses it holds."""
+def _dense(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()
+
+
+class _Call:
+    """What a kernel is told of tensors, by field of its record, and the tensors whose addresses that holds."""
 
     def __init__(self, x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]) -> None:
         self.dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         self.kind = BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT32
         self.kept: list[Tensor] = []
-        self.call = np.zeros(1, kernels.CALL)
-        self.x, self.reverse = x, reverse
         images, tokens, channels = x.shape
-        self.taps, lanes = weights[0][0].shape[2], -(-channels // LANES) * LANES
-        blocks = -(-channels // kernels.BLOCK)
-        sizes = {"tokens": tokens, "channels": channels, "lanes": lanes, "blocks": blocks, "taps": self.taps}
-        for field, value in {**sizes, "ring": ring_size(self.taps), "size": self.dtype.itemsize}.items():
-            self.call[field] = value
+        taps, blocks = weights[0][0].shape[2], -(-channels // kernels.BLOCK)
         self.tasks = images * blocks
-        rows = x.new_zeros(2, self.taps + 1, lanes, dtype=torch.float32)
+        self.fields = {
+            "images": images,
+            "tokens": tokens,
+            "channels": channels,
+            "lanes": -(-channels // LANES) * LANES,
+            "blocks": blocks,
+            "taps": taps,
+            "ring": ring_size(taps),
+            "size": self.dtype.itemsize,
+        }
         for (weight, bias), back in zip(weights, reverse, strict=True):
-            rows[int(back), :-1, :channels] = weight[:, 0].t()
-            rows[int(back), -1, :channels] = bias
-        self._address("weights", rows)
-        self._describe("x", x)
+            end = "_b" if back else ""
+            self.point("weight" + end, _dense(weight))
+            self.point("bias" + end, _dense(bias))
+        self.describe("x", x)
 
-    def _address(self, name: str, x: Tensor) -> None:
+    def point(self, name: str, x: Tensor) -> Tensor:
+        """Give a field the address of a tensor."""
         self.kept.append(x)
-        self.call[name] = x.data_ptr()
+        self.fields[name] = x.data_ptr()
+        return x
 
-    def _describe(self, name: str, x: Tensor) -> None:
-        x = dense_rows(x, self.dtype)
-        self._address(name, x)
-        self.call[f"{name}_image"], self.call[f"{name}_token"] = (x.stride(k) * x.itemsize for k in (0, 1))
+    def describe(self, name: str, x: Tensor) -> None:
+        """Give the fields of a tensor over tokens its address and strides."""
+        x = self.point(name, dense_rows(x, self.dtype))
+        image, token, _ = x.stride()
+        self.fields[f"{name}_image"], self.fields[f"{name}_token"] = image * x.itemsize, token * x.itemsize
 
-    def forward(self) -> list[Tensor]:
-        outputs = [torch.empty(self.x.shape, dtype=self.dtype) for _ in self.reverse]
-        for u, back in zip(outputs, self.reverse, strict=True):
-            self._address("u_b" if back else "u", u)
-        run_tasks(lambda begin, end: kernels.forward(self.kind, self.call, begin, end), self.tasks)
-        return [u.to(self.x.dtype) for u in outputs]
-
-    def backward(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return dx and the gradients of weights and biases, ``(2, k + 1, d)``, by causal and anti-causal direction."""
-        images, _, channels = self.x.shape
-        for grad, back in zip(grads, self.reverse, strict=True):
-            self._describe("grad_b" if back else "grad", grad)
-        dx = torch.empty(self.x.shape, dtype=self.dtype)
-        self._address("dx", dx)
-        dweights = torch.zeros(images, 2, self.taps + 1, int(self.call["lanes"][0]))
-        self._address("dweights", dweights)
-        ring_bytes = kernels.backward_scratch(int(self.call["ring"][0]))
-
-        def run(begin: int, end: int) -> None:
-            memory, address = aligned_scratch(ring_bytes)
-            kernels.backward(self.kind, self.call, address, begin, end)
-            del memory
-
-        run_tasks(run, self.tasks)
-        return dx, dweights.sum(0)[:, :, :channels]
+    def record(self) -> np.ndarray:
+        return filled(kernels.CALL, **self.fields)
 
 
 def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]) -> list[Tensor]:
     """Return the output of each direction, contiguous ``(b, l, d)``."""
-    return _Launch(x, weights, reverse).forward()
+    call = _Call(x, weights, reverse)
+    outputs = [call.point("u_b" if back else "u", torch.empty(x.shape, dtype=call.dtype)) for back in reverse]
+    record, size = call.record(), kernels.weights_scratch(call.fields["taps"])
+
+    def run(begin: int, end: int) -> None:
+        memory, address = aligned_scratch(size)
+        kernels.forward(call.kind, record, address, begin, end)
+        del memory
+
+    run_tasks(run, call.tasks)
+    return [u.to(x.dtype) for u in outputs]
 
 
 def backward(
     grads: list[Tensor], x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return the gradients of x and of each direction's weight and bias."""
-    dx, dweights = _Launch(x, weights, reverse).backward(grads)
+    call = _Call(x, weights, reverse)
+    taps = call.fields["taps"]
     gradients = []
-    for (weight, bias), back in zip(weights, reverse, strict=True):
-        dtaps, dbias = dweights[int(back), :-1].t().unsqueeze(1), dweights[int(back), -1]
-        gradients.append((dtaps.to(weight.dtype, copy=True).contiguous(), dbias.to(bias.dtype, copy=True)))
-    return dx.to(x.dtype), gradients
+    for grad, (weight, bias), back in zip(grads, weights, reverse, strict=True):
+        end = "_b" if back else ""
+        call.describe("grad" + end, grad)
+        dweight = call.point("dweight" + end, torch.empty(weight.shape, dtype=torch.float32))
+        dbias = call.point("dbias" + end, torch.empty(bias.shape, dtype=torch.float32))
+        gradients.append((dweight, dbias))
+    dx = call.point("dx", torch.empty(x.shape, dtype=call.dtype))
+    call.point("sums", torch.empty(x.shape[0], 2, taps + 1, call.fields["lanes"]))
+    record = call.record()
+    size = kernels.weights_scratch(taps) + kernels.ring_scratch(call.fields["ring"])
+
+    def run(begin: int, end: int) -> None:
+        memory, address = aligned_scratch(size)
+        kernels.backward(call.kind, record, address, begin, end)
+        del memory
+
+    run_tasks(run, call.tasks)
+    kernels.sum_images(record)
+    like_weights = [(dw.to(w.dtype), db.to(b.dtype)) for (dw, db), (w, b) in zip(gradients, weights, strict=True)]
+    return dx.to(x.dtype), like_weights

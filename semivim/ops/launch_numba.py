@@ -1,6 +1,7 @@
 """What the launchers of the scan and of the convolution on a CPU share."""
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +11,11 @@ def unavailable(device: torch.device) -> str | None:
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return "numba's compiler is switched off by NUMBA_DISABLE_JIT"
     return None if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
+
+
+def filled(kind: np.dtype, **fields: int) -> np.ndarray:
+    """Return one record of 64-bit integers, 0 where no value is given; setting field by field takes thrice the time."""
+    return np.array([fields.get(name, 0) for name in kind.names or ()], np.int64).view(kind)
 
 
 def dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -144,6 +144,17 @@ def load_float(_context, address):
 
 
 @intrinsic
+def store_float(_context, address, value):
+    """Write a float to an address."""
+
+    def generate(context, builder, _sig, args):
+        builder.store(args[1], _pointer(builder, args[0], _FLOAT), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
 def load(_context, address):
     """Return the sixteen floats at an address."""
 

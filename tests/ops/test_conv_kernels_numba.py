@@ -9,4 +9,4 @@ def test_the_ring_holds_every_tap_and_wraps_by_bits(taps):
     ring = ring_size(taps)
     assert ring >= taps
     assert ring & (ring - 1) == 0
-    assert kernels.backward_scratch(ring) == 2 * ring * kernels.BLOCK * 4
+    assert kernels.ring_scratch(ring) == 2 * ring * kernels.BLOCK * 4

@@ -1,6 +1,7 @@
 import torch
 
-from semivim.ops.launch_numba import dense_rows, unavailable
+from semivim.ops.launch_numba import dense_rows, filled, unavailable
+from semivim.ops.vector_numba import record
 
 
 def test_runs_on_the_cpu_only():
@@ -15,3 +16,9 @@ def test_rows_are_copied_only_where_their_last_dimension_is_not_dense():
         rows = dense_rows(strided, torch.float32)
         assert rows.stride(-1) == 1 and torch.equal(rows, strided)
     assert torch.equal(dense_rows(x, torch.bfloat16), x.bfloat16())
+
+
+def test_a_record_holds_the_values_of_its_fields_and_zeros():
+    kind = record("a", "b", "c")
+    row = filled(kind, c=1 << 40, a=-3)[0]
+    assert (row["a"], row["b"], row["c"]) == (-3, 0, 1 << 40)
