@@ -57,22 +57,13 @@ from semivim.data import (
     save_split,
     split_from_lists,
 )
-from semivim.task.semi_supervised import SemiSupervisedTask
-from semivim.task.ssl_flags import add_semi_supervised_flags, check_semi_supervised_flags
-from semivim.task.train_step import mean_lr, sum_over_ranks, summarise, train_step, update_seed
-from semivim.utils import train_flags
-from semivim.utils.checkpoint import (
-    UNREADABLE,
-    AtomicCheckpointSaver,
-    load_training_checkpoint,
-    one_line,
-    save_best,
-    write_text,
-)
-from semivim.utils.metrics import evaluate
-from semivim.utils.parser import Parser
-from semivim.utils.report import RunLog, write_report
-from semivim.utils.resume import (
+from semivim.flags import train_flags
+from semivim.flags.parser import Parser
+from semivim.flags.ssl_flags import add_semi_supervised_flags, check_semi_supervised_flags
+from semivim.runs.checkpoint import AtomicCheckpointSaver, load_training_checkpoint, save_best
+from semivim.runs.optimizer_step import mean_lr, sum_over_ranks, summarise, train_step, update_seed
+from semivim.runs.report import write_report
+from semivim.runs.run_folder import (
     check_unchanged,
     find_checkpoint,
     own_folder,
@@ -82,6 +73,10 @@ from semivim.utils.resume import (
     run_folder,
     schedule_state,
 )
+from semivim.runs.run_log import RunLog
+from semivim.task.semi_supervised import SemiSupervisedTask
+from semivim.utils.files import UNREADABLE, one_line, write_text
+from semivim.utils.metrics import evaluate
 
 try:
     import wandb

@@ -5,10 +5,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 
 from semivim.data import UnreadableImageError
+from semivim.flags.parser import Number, Parser
+from semivim.hub.hub import publish
 from semivim.inference import find_images, load_model, predict
-from semivim.utils.checkpoint import one_line
-from semivim.utils.hub import publish
-from semivim.utils.parser import Number, Parser
+from semivim.utils.files import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:

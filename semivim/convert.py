@@ -14,11 +14,12 @@ import timm
 import torch
 from safetensors import SafetensorError
 
+from semivim.flags.parser import Parser
+from semivim.hub.model_folder import load_folder
 from semivim.models import Vim
 from semivim.models.vim_weights import WEIGHTS_ENTRY, checkpoint_filter_fn
-from semivim.utils.checkpoint import load_untrusted, one_line, save_model
-from semivim.utils.model_folder import load_folder
-from semivim.utils.parser import Parser
+from semivim.runs.checkpoint import save_model
+from semivim.utils.files import load_untrusted, one_line
 
 
 def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.PathLike, entry: str = "") -> Vim:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from semivim.data import ImageSource, View, open_unlabelled_folder
 from semivim.data.two_views import EvaluationImages
+from semivim.hub.hub import check_repo_id
+from semivim.hub.hub_session import fetch, hub_session
+from semivim.hub.model_folder import MODEL_FILES, load_folder
 from semivim.models.vim_weights import named_tensors
-from semivim.utils.checkpoint import UNREADABLE, load_untrusted, one_line
-from semivim.utils.hub import check_repo_id
-from semivim.utils.hub_session import fetch, hub_session
-from semivim.utils.model_folder import MODEL_FILES, load_folder
+from semivim.utils.files import UNREADABLE, load_untrusted, one_line
 
 _HUB = "hf-hub:"
 _FOLDER = "local-dir:"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from semivim.convert import convert, main
 from semivim.models.vim_weights import WEIGHTS_ENTRY
-from semivim.utils.checkpoint import save_model
+from semivim.runs.checkpoint import save_model
 from tests.released import as_bytes, released_state, released_weights
 
 

@@ -18,6 +18,9 @@ LAYERS = {  # folder -> folders of semivim that it may import
     "data": {"data", "utils"},
     "utils": {"utils"},
     "task": {"loss", "data", "utils", "task"},
+    "runs": {"data", "task", "utils", "runs"},
+    "flags": {"task", "utils", "flags"},
+    "hub": {"runs", "utils", "hub"},
 }
 OPTIONAL = {"numba": "_numba.py", "triton": "_triton.py", "mamba_ssm": "_cuda.py", "causal_conv1d": "_cuda.py"}
 
@@ -78,7 +81,7 @@ class Recorder:
 
 def test_every_flag_is_read_and_every_read_is_a_flag():
     import train_ssl
-    from semivim.utils import train_flags
+    from semivim.flags import train_flags
 
     declared = {a.dest for a in train_ssl.build_parser()._actions} - {"help"}
     tree = ast.parse((ROOT / "train_ssl.py").read_text())

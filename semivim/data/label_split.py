@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semivim.utils.checkpoint import write_text
+from semivim.utils.files import write_text
 
 UNKNOWN = -1  # label of an image whose class is not known
 

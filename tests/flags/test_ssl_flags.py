@@ -1,9 +1,9 @@
 import pytest
 
+from semivim.flags.parser import Parser
+from semivim.flags.ssl_flags import add_semi_supervised_flags, check_semi_supervised_flags
+from semivim.flags.train_flags import add_ema_flags
 from semivim.layers.ssmixup_readout import SSMIXUP_C
-from semivim.task.ssl_flags import add_semi_supervised_flags, check_semi_supervised_flags
-from semivim.utils.parser import Parser
-from semivim.utils.train_flags import add_ema_flags
 
 SPLIT = ["--labels-per-class", "4"]
 

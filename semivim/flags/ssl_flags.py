@@ -2,16 +2,16 @@
 
 import argparse
 
-from semivim.task.semi_supervised import METHODS, PSEUDO_MIXUPS
-from semivim.utils.lyap_ema import PRESETS
-from semivim.utils.parser import COUNT, Number, Parser
-from semivim.utils.train_flags import (
+from semivim.flags.parser import COUNT, Number, Parser
+from semivim.flags.train_flags import (
     COUNT_OR_NONE,
     NON_NEGATIVE,
     SHARE,
     SHARE_BELOW_ONE,
     augment_policy,
 )
+from semivim.task.semi_supervised import METHODS, PSEUDO_MIXUPS
+from semivim.utils.lyap_ema import PRESETS
 
 
 def add_semi_supervised_flags(parser: argparse.ArgumentParser) -> None:

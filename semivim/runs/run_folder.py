@@ -17,7 +17,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import NativeScaler
 
-from semivim.utils.checkpoint import one_line
+from semivim.utils.files import one_line
 
 try:
     import fcntl
@@ -171,7 +171,7 @@ def restore(
     """Put a run back to where its checkpoint was written.
 
     Args:
-        checkpoint: As :class:`~semivim.utils.checkpoint.AtomicCheckpointSaver` wrote it.
+        checkpoint: As :class:`~semivim.runs.checkpoint.AtomicCheckpointSaver` wrote it.
         path: Where it was read.
         task: Gets student, teacher and position.
         optimizer: Gets its state; None leaves optimizer, schedule and scaler as they are new.

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from semivim.utils.model_folder import load_folder, read_config, read_mapping, short
+from semivim.hub.model_folder import load_folder, read_config, read_mapping, short
 from tests.run_folder import write_run
 
 

@@ -10,7 +10,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from semivim.utils.checkpoint import UNREADABLE, one_line
+from semivim.utils.files import UNREADABLE, one_line
 
 MODEL_FILES = ("config.json", "model.safetensors")
 _FIELDS: dict[str, type | tuple[type, ...]] = {

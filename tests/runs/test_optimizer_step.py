@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from semivim.data.two_views import LabelledBatch, SslBatch, UnlabelledBatch
+from semivim.runs.optimizer_step import add_up, mean_lr, summarise, train_step, update_seed
 from semivim.task.semi_supervised import SemiSupervisedTask
-from semivim.task.train_step import add_up, mean_lr, summarise, train_step, update_seed
 
 CPU = torch.device("cpu")
 OFF = {"clip_grad": None, "clip_mode": "norm"}

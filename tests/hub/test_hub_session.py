@@ -11,7 +11,7 @@ import pytest
 from tests.hub_client import HubClient, shared_client, shared_home, shared_hub
 from tests.hub_server import Fault, HubServer
 
-_FETCH = "from semivim.utils.hub_session import fetch\nresult = fetch(repo, name).read_bytes().hex()"
+_FETCH = "from semivim.hub.hub_session import fetch\nresult = fetch(repo, name).read_bytes().hex()"
 _DATA = bytes(range(256)) * 64
 _numbers = itertools.count()
 
@@ -123,7 +123,7 @@ def test_without_network(repo: str) -> None:
 def test_session_restores_the_client_and_the_log_level() -> None:
     answer = shared_client().run(
         "from huggingface_hub.utils import _http, logging\n"
-        "from semivim.utils.hub_session import hub_session\n"
+        "from semivim.hub.hub_session import hub_session\n"
         "state = lambda: (_http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity())\n"
         "logging.set_verbosity_warning()\n"
         "before = state()\n"
@@ -135,7 +135,7 @@ def test_session_restores_the_client_and_the_log_level() -> None:
 
 def test_signature_of_an_address_stays_secret() -> None:
     code = (
-        "from semivim.utils.hub_session import _address\n"
+        "from semivim.hub.hub_session import _address\n"
         "result = _address('https://bucket.example/file?X-Amz-Signature=secret')"
     )
     assert shared_client().run(code).result == "https://bucket.example/file"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from timm.scheduler import create_scheduler_v2
 
-from semivim.utils.resume import (
+from semivim.runs.run_folder import (
     check_unchanged,
     find_checkpoint,
     load_schedule_state,
@@ -59,7 +59,7 @@ def test_folder_with_any_whole_checkpoint_holds_a_run(name, tmp_path):
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from semivim.utils.resume import own_folder
+from semivim.runs.run_folder import own_folder
 with own_folder(Path(sys.argv[1]), "", None):
     if os.fork() == 0:  # as a loader process, which outlives a killed run
         time.sleep(600)

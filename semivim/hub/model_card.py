@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from semivim.utils.checkpoint import one_line
-from semivim.utils.model_folder import read_config, read_mapping, short
+from semivim.hub.model_folder import read_config, read_mapping, short
+from semivim.utils.files import one_line
 
 RUN_FILES = ("model.safetensors", "config.json", "args.yaml", "metrics.json", "summary.csv", "curves.png")
 # where a run was written or resumed from is no part of how to repeat it

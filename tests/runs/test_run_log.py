@@ -1,8 +1,6 @@
 import json
 
-from PIL import Image
-
-from semivim.utils.report import RunLog, read_jsonl, results_table, save_curves
+from semivim.runs.run_log import RunLog, read_jsonl
 
 
 def test_log_lines_and_records(tmp_path, capsys):
@@ -46,36 +44,9 @@ def test_rows_and_evaluations_of_an_unfinished_epoch_are_dropped(tmp_path):
     assert (tmp_path / "summary.csv").read_text().splitlines() == rows[:2]
 
 
-def test_picture_of_nothing(tmp_path):
-    save_curves(tmp_path / "curves.png", [], "a run resumed at its end in a new folder")
-    assert (tmp_path / "curves.png").exists()
-
-
 def test_other_ranks_write_nothing(tmp_path, capsys):
     log = RunLog(None, total_updates=4)
     log.step(1)
     log.record({"loss": 1.0})
     log.say("hello")
     assert capsys.readouterr().out == ""
-
-
-def test_table_and_picture(tmp_path):
-    student = {
-        "top1": 10.0,
-        "top5": 50.0,
-        "balanced_acc": 9.0,
-        "worst_class_recall": 0.0,
-        "per_class_recall": [20.0, None],
-    }
-    table = results_table(student, student | {"top1": 12.5})
-    assert "top1                       10.00     12.50" in table
-    assert "recall of class 0" in table
-    assert "class 1" not in table
-    records = [
-        {"update": i, "loss_labelled": 1 / i, "v": 10.0**i, "guard_rate": 0.0, "alpha": float("nan")}
-        for i in range(1, 5)
-    ]
-    save_curves(tmp_path / "curves.png", [*records, {"update": 4, "teacher_top1": 20.0}], "a title")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size[0] > picture.size[1] > 100
-        assert len(picture.convert("L").getcolors(256)) > 10

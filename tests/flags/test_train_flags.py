@@ -4,8 +4,8 @@ import re
 import pytest
 import torch
 
-from semivim.utils import train_flags
-from semivim.utils.parser import Number, Parser
+from semivim.flags import train_flags
+from semivim.flags.parser import Number, Parser
 
 # timm 1.0's train.py: flag -> default, for the flags shared with it
 TIMM = {

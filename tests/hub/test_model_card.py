@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from semivim.utils.model_card import model_card, public_args, public_config, public_license, read_run
+from semivim.hub.model_card import model_card, public_args, public_config, public_license, read_run
 from tests.run_folder import write_run
 
 

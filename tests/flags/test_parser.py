@@ -3,7 +3,7 @@ import argparse
 import pytest
 from timm.utils import ParseKwargs
 
-from semivim.utils.parser import COUNT, Name, Number, Parser, assignment
+from semivim.flags.parser import COUNT, Name, Number, Parser, assignment
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from timm.data import create_transform
 from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 
-from semivim.utils.parser import COUNT, Name, Number, Parser, assignment
+from semivim.flags.parser import COUNT, Name, Number, Parser, assignment
 
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 SCHEDULES = ["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau"]

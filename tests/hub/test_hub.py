@@ -15,7 +15,7 @@ from tests.run_folder import write_run
 
 _PUBLISH = (
     "import os\n"
-    "from semivim.utils.hub import publish\n"
+    "from semivim.hub.hub import publish\n"
     "os.environ['HF_TOKEN'] = options.pop('token', 'hf_write')\n"
     "try:\n    result = vars(publish(run, repo, **options))\n"
     "finally:\n    os.environ['HF_TOKEN'] = 'hf_write'"
@@ -152,7 +152,7 @@ def test_changed_upload_is_noticed(hub: HubServer, repo: str, run_dir: Path) -> 
 
 def test_other_logits_after_the_download_are_noticed(repo: str, run_dir: Path) -> None:
     code = (
-        "import torch\nfrom semivim.utils import hub\n"
+        "import torch\nfrom semivim.hub import hub\n"
         "right, answers = hub._logits, iter([torch.zeros(2, 5), torch.full((2, 5), 1e-7)])\n"
         "hub._logits = lambda model, images: next(answers)\n"
         "try:\n    hub.publish(run, repo)\n"

@@ -17,9 +17,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
-from semivim.utils.checkpoint import one_line
-from semivim.utils.hub_session import HubError, fetch, hub_session, sha256
-from semivim.utils.model_card import (
+from semivim.hub.hub_session import HubError, fetch, hub_session, sha256
+from semivim.hub.model_card import (
     RUN_FILES,
     Run,
     model_card,
@@ -29,7 +28,8 @@ from semivim.utils.model_card import (
     public_metrics,
     read_run,
 )
-from semivim.utils.model_folder import load_folder
+from semivim.hub.model_folder import load_folder
+from semivim.utils.files import one_line
 
 _logger = logging.getLogger(__name__)
 

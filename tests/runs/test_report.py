@@ -1,0 +1,30 @@
+from PIL import Image
+
+from semivim.runs.report import results_table, save_curves
+
+
+def test_picture_of_nothing(tmp_path):
+    save_curves(tmp_path / "curves.png", [], "a run resumed at its end in a new folder")
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_table_and_picture(tmp_path):
+    student = {
+        "top1": 10.0,
+        "top5": 50.0,
+        "balanced_acc": 9.0,
+        "worst_class_recall": 0.0,
+        "per_class_recall": [20.0, None],
+    }
+    table = results_table(student, student | {"top1": 12.5})
+    assert "top1                       10.00     12.50" in table
+    assert "recall of class 0" in table
+    assert "class 1" not in table
+    records = [
+        {"update": i, "loss_labelled": 1 / i, "v": 10.0**i, "guard_rate": 0.0, "alpha": float("nan")}
+        for i in range(1, 5)
+    ]
+    save_curves(tmp_path / "curves.png", [*records, {"update": 4, "teacher_top1": 20.0}], "a title")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > picture.size[1] > 100
+        assert len(picture.convert("L").getcolors(256)) > 10
