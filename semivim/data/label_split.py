@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from semivim.utils.files import write_text
+from semivim.utils.user_error import UserError
 
 UNKNOWN = -1  # label of an image whose class is not known
 
@@ -114,22 +115,22 @@ def make_split(
         include_labelled: Use the labelled images as unlabelled ones too.
 
     Raises:
-        ValueError: If an argument is out of range, images are lacking, or the split fails ``complete_split``.
+        UserError: If an argument is out of range, images are lacking, or the split fails ``complete_split``.
     """
     labels = np.asarray(labels, dtype=np.int64)
     check_labels(labels, num_classes)
     given = {"fraction": fraction, "per_class": per_class, "imb_n1": imb_n1}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
-        raise ValueError(f"exactly one of {', '.join(given)} must be given, got {', '.join(chosen) or 'none'}")
+        raise UserError(f"exactly one of {', '.join(given)} must be given, got {', '.join(chosen) or 'none'}")
     _refuse_unread(
         "imb_n1", imb_n1, imb_m1=(imb_m1, None), imb_factor_l=(imb_factor_l, 1), imb_factor_u=(imb_factor_u, 1)
     )
     _refuse_unread("imb_m1", imb_m1, imb_factor_u=(imb_factor_u, 1))
     if min_per_class < 0:
-        raise ValueError(f"min_per_class must not be negative, got {min_per_class}")
+        raise UserError(f"min_per_class must not be negative, got {min_per_class}")
     if fraction is None and min_per_class > 1:
-        raise ValueError(f"min_per_class is {min_per_class}, which only fraction reads; with {chosen[0]} it is 0 or 1")
+        raise UserError(f"min_per_class is {min_per_class}, which only fraction reads; with {chosen[0]} it is 0 or 1")
     members = _shuffled_members(labels, num_classes, seed, fold)
     sizes = np.array([len(m) for m in members])
     unlabelled = None
@@ -165,25 +166,23 @@ def complete_split(
         include_labelled: Use the labelled images as unlabelled ones too.
 
     Raises:
-        ValueError: If a position is out of range, repeated, or without a label; if a class, or all, have no labelled
+        UserError: If a position is out of range, repeated, or without a label; if a class, or all, have no labelled
             image; if labelled and unlabelled images overlap.
     """
     check_labels(labels, num_classes)
     labelled = _check_positions("labelled", labelled, len(labels))
     if len(labelled) == 0:
-        raise ValueError(
-            f"none of the {len(labels)} images is labelled: label more, or let min_per_class be at least 1"
-        )
+        raise UserError(f"none of the {len(labels)} images is labelled: label more, or let min_per_class be at least 1")
     if (labels[labelled] == UNKNOWN).any():
         first = labelled[labels[labelled] == UNKNOWN][0]
-        raise ValueError(f"labelled image {first} has no known label")
+        raise UserError(f"labelled image {first} has no known label")
     if unlabelled is None:
         unlabelled = np.setdiff1d(np.arange(len(labels)), labelled)
     else:
         unlabelled = _check_positions("unlabelled", unlabelled, len(labels))
         both = np.intersect1d(labelled, unlabelled)
         if len(both) and not include_labelled:
-            raise ValueError(
+            raise UserError(
                 f"{len(both)} images are both labelled and unlabelled, the first is image {both[0]}; "
                 f"include_labelled=True accepts that"
             )
@@ -192,7 +191,7 @@ def complete_split(
     split = LabelSplit(labels, labelled, unlabelled, num_classes)
     missing = split.classes_without_label
     if len(missing) and min_per_class > 0:
-        raise ValueError(
+        raise UserError(
             f"{len(missing)} of {num_classes} classes have no labelled image: {_listed(missing)}; "
             f"min_per_class=0 accepts that"
         )
@@ -203,7 +202,7 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
     """Refuse labels outside [-1, num_classes)."""
     wrong = np.flatnonzero((labels < UNKNOWN) | (labels >= num_classes))
     if len(wrong):
-        raise ValueError(f"label {labels[wrong[0]]} of image {wrong[0]} is out of range for num_classes={num_classes}")
+        raise UserError(f"label {labels[wrong[0]]} of image {wrong[0]} is out of range for num_classes={num_classes}")
 
 
 def long_tail(
@@ -223,9 +222,9 @@ def long_tail(
     Source: Kim et al. 2020, DARP (arXiv:2007.08844), Section 4.1.
     """
     if first < 1:
-        raise ValueError(f"{first_name} must be at least 1, got {first}")
+        raise UserError(f"{first_name} must be at least 1, got {first}")
     if abs(factor) < 1:
-        raise ValueError(f"{factor_name} must be at least 1, or at most -1 for the reversed order, got {factor}")
+        raise UserError(f"{factor_name} must be at least 1, or at most -1 for the reversed order, got {factor}")
     exponent = np.arange(num_classes) / max(num_classes - 1, 1)
     # 1500 / 100 must give 15, not the 14 that rounding below it would floor to.
     counts = np.floor(first * abs(factor) ** -exponent + 1e-9).astype(np.int64)
@@ -248,17 +247,17 @@ def _check_positions(name: str, positions: Sequence[int] | np.ndarray, num_image
     positions = np.asarray(positions, dtype=np.int64)
     outside = positions[(positions < 0) | (positions >= num_images)]
     if len(outside):
-        raise ValueError(f"{name} index {outside[0]} is out of range for {num_images} images")
+        raise UserError(f"{name} index {outside[0]} is out of range for {num_images} images")
     unique, counts = np.unique(positions, return_counts=True)
     if len(unique) < len(positions):
-        raise ValueError(f"{name} index {unique[counts > 1][0]} is given {counts.max()} times")
+        raise UserError(f"{name} index {unique[counts > 1][0]} is given {counts.max()} times")
     return unique
 
 
 def _shuffled_members(labels: np.ndarray, num_classes: int, seed: int, fold: int) -> list[np.ndarray]:
     """Positions of each class in an order that depends on (seed, fold, class) only: prefixes of it are nested."""
     if seed < 0 or fold < 0:
-        raise ValueError(f"seed and fold must not be negative, got seed={seed}, fold={fold}")
+        raise UserError(f"seed and fold must not be negative, got seed={seed}, fold={fold}")
     return [
         np.random.default_rng([seed, fold, label]).permutation(np.flatnonzero(labels == label))
         for label in range(num_classes)
@@ -267,7 +266,7 @@ def _shuffled_members(labels: np.ndarray, num_classes: int, seed: int, fold: int
 
 def _fraction_counts(sizes: np.ndarray, fraction: float, min_per_class: int) -> np.ndarray:
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+        raise UserError(f"fraction must be in (0, 1], got {fraction}")
     proportional = np.floor(fraction * sizes + 0.5).astype(np.int64)
     return np.minimum(np.maximum(proportional, min_per_class), sizes)
 
@@ -275,9 +274,9 @@ def _fraction_counts(sizes: np.ndarray, fraction: float, min_per_class: int) -> 
 def _take(members: list[np.ndarray], counts: np.ndarray, name: str) -> np.ndarray:
     for label, (available, wanted) in enumerate(zip(members, counts, strict=True)):
         if wanted > len(available):
-            raise ValueError(f"{name} wants {wanted} images of class {label}, only {len(available)} are left")
+            raise UserError(f"{name} wants {wanted} images of class {label}, only {len(available)} are left")
         if wanted < 0:
-            raise ValueError(f"{name} must not be negative, got {wanted}")
+            raise UserError(f"{name} must not be negative, got {wanted}")
     return np.concatenate([m[:n] for m, n in zip(members, counts, strict=True)])
 
 
@@ -329,7 +328,7 @@ def load_split(
         names: Name of every image of the set now; checked against the saved names where both exist.
 
     Raises:
-        ValueError: If a file is missing, damaged, or was written for another set of images; the message names it.
+        UserError: If a file is missing, damaged, or was written for another set of images; the message names it.
     """
     labels = np.array(labels, dtype=np.int64)
     parts = {}
@@ -337,7 +336,7 @@ def load_split(
         path = Path(folder) / f"{role}.txt"
         header, rows = _read_saved(path, role)
         if header[:2] != (len(labels), num_classes):
-            raise ValueError(
+            raise UserError(
                 f"{path} was written for {header[0]} images of {header[1]} classes, "
                 f"the data set has {len(labels)} of {num_classes}"
             )
@@ -351,7 +350,7 @@ def load_split(
     split = LabelSplit(labels, parts["labelled"][0], parts["unlabelled"][0], num_classes)
     for role, (_, sha256) in parts.items():
         if split.sha256 != sha256:
-            raise ValueError(f"{Path(folder) / role}.txt is damaged: sha256 {split.sha256}, its header says {sha256}")
+            raise UserError(f"{Path(folder) / role}.txt is damaged: sha256 {split.sha256}, its header says {sha256}")
     return split
 
 
@@ -362,18 +361,18 @@ def _in_one_line(name: str) -> str:
 
 def _read_saved(path: Path, role: str) -> tuple[tuple[int, int, str], list[list[str]]]:
     if not path.is_file():
-        raise ValueError(f"saved split {path} does not exist")
+        raise UserError(f"saved split {path} does not exist")
     first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
     match = _HEADER_PATTERN.fullmatch(first)
     if match is None or match[1] != role:
-        raise ValueError(f"{path} is not a saved {role} split: its first line is {first[:80]!r}")
+        raise UserError(f"{path} is not a saved {role} split: its first line is {first[:80]!r}")
     columns = 2 if role == "labelled" else 1
     rows = [line.split(" ", columns) for line in lines]
     if len(rows) != int(match[2]):
-        raise ValueError(f"{path} is damaged: {len(rows)} entries, its header says {match[2]}")
+        raise UserError(f"{path} is damaged: {len(rows)} entries, its header says {match[2]}")
     for number, row in enumerate(rows, start=2):
         if len(row) < columns or not all(re.fullmatch(r"\d+", value) for value in row[:columns]):
-            raise ValueError(f"{path}, line {number}: {' '.join(row)!r} does not start with {columns} numbers")
+            raise UserError(f"{path}, line {number}: {' '.join(row)!r} does not start with {columns} numbers")
     return (int(match[3]), int(match[4]), match[5]), rows
 
 
@@ -381,7 +380,7 @@ def _fill_labels(path: Path, labels: np.ndarray, rows: list[list[str]]) -> None:
     for row in rows:
         index, label = int(row[0]), int(row[1])
         if labels[index] not in (UNKNOWN, label):
-            raise ValueError(f"{path} says class {label} for image {index}, the data set says {labels[index]}")
+            raise UserError(f"{path} says class {label} for image {index}, the data set says {labels[index]}")
         labels[index] = label
 
 
@@ -389,4 +388,4 @@ def _check_names(path: Path, names: Sequence[str], rows: list[list[str]], column
     for row in rows:
         name = names[int(row[0])]
         if len(row) > column and _in_one_line(name) != row[column]:
-            raise ValueError(f"{path} says {row[column]!r} is image {row[0]}, the data set has {name!r}")
+            raise UserError(f"{path} says {row[column]!r} is image {row[0]}, the data set has {name!r}")

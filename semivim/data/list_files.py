@@ -18,6 +18,7 @@ import numpy as np
 
 from semivim.data.label_split import UNKNOWN, LabelSplit, complete_split
 from semivim.data.sources import ImageSource
+from semivim.utils.user_error import UserError
 
 
 class ListedImages(NamedTuple):
@@ -48,7 +49,7 @@ def split_from_lists(
         include_labelled: Use the labelled images as unlabelled ones too.
 
     Raises:
-        ValueError: If an entry is unknown, repeated, out of range or outside the root (the message names the line), or
+        UserError: If an entry is unknown, repeated, out of range or outside the root (the message names the line), or
             the split fails ``complete_split``.
     """
     lists = [read_list(path, source, num_classes, data_dir) for path in (labelled_list, unlabelled_list) if path]
@@ -69,32 +70,32 @@ def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | 
         data_dir: Folder that paths in the list may start from, besides the source's own root.
 
     Raises:
-        ValueError: If the list is missing or empty, or an entry is unknown, ambiguous, repeated, out of range, outside
+        UserError: If the list is missing or empty, or an entry is unknown, ambiguous, repeated, out of range, outside
             the root, or contradicts the source's label; the message names list and line.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"list {path!r} is not a file")
+        raise UserError(f"list {path!r} is not a file")
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().split("\n")  # only there: file names may hold what splitlines() takes for a line's end
     except UnicodeDecodeError as error:
-        raise ValueError(f"list {path!r} is not UTF-8 text: {error}") from error
+        raise UserError(f"list {path!r} is not UTF-8 text: {error}") from error
     entries = _indexed(path, lines, source) if _is_indexed(lines) else _named(path, lines, source, data_dir)
     seen: dict[int, int] = {}
     labels = []
     for number, position, label in entries:
         where = f"list {path!r}, line {number}"
         if position in seen:
-            raise ValueError(f"{where}: {source.describe(position)} is listed before, in line {seen[position]}")
+            raise UserError(f"{where}: {source.describe(position)} is listed before, in line {seen[position]}")
         if not UNKNOWN <= label < num_classes:
-            raise ValueError(f"{where}: label {label} is out of range for num_classes={num_classes}")
+            raise UserError(f"{where}: label {label} is out of range for num_classes={num_classes}")
         known = source.labels[position]
         if UNKNOWN not in (label, known) and label != known:
-            raise ValueError(f"{where}: class {label}, but the data set has {source.describe(position)} as {known}")
+            raise UserError(f"{where}: class {label}, but the data set has {source.describe(position)} as {known}")
         seen[position] = number
         labels.append(label)
     if not seen:
-        raise ValueError(f"list {path!r} names no image")
+        raise UserError(f"list {path!r} names no image")
     return ListedImages(np.array(list(seen), dtype=np.int64), np.array(labels, dtype=np.int64))
 
 
@@ -116,7 +117,7 @@ def _indexed(path: str, lines: Sequence[str], source: ImageSource) -> Iterator[t
             continue
         value = row[column].strip() if column < len(row) else ""
         if not re.fullmatch(r"[+-]?\d+", value) or not 0 <= int(value) < len(order):
-            raise ValueError(
+            raise UserError(
                 f"list {path!r}, line {rows.line_num}: index {value!r} is out of range for {len(order)} images"
             )
         yield rows.line_num, int(order[int(value)]), UNKNOWN
@@ -127,7 +128,7 @@ def _named(
 ) -> Iterator[tuple[int, int, int]]:
     """Give (line, position, label) of a list of file names, with labels or without."""
     if source.names is None:
-        raise ValueError(f"list {path!r} names files, but the images of this data set have no names; wanted 'Index'")
+        raise UserError(f"list {path!r} names files, but the images of this data set have no names; wanted 'Index'")
     find = _NameFinder(source, data_dir)
     for number, line in enumerate(lines, start=1):
         entry = line.strip()
@@ -138,7 +139,7 @@ def _named(
         try:
             position = find(name)
         except ValueError as error:
-            raise ValueError(f"list {path!r}, line {number}: {error}") from None
+            raise UserError(f"list {path!r}, line {number}: {error}") from None
         yield number, position, label
 
 
@@ -167,17 +168,17 @@ class _NameFinder:
     def __call__(self, name: str) -> int:
         path = name.removeprefix(self.source_root + os.sep).removeprefix(self.real_source_root + os.sep)
         if os.path.isabs(path) or ".." in re.split(r"[/\\]", path):
-            raise ValueError(f"{name!r} is outside the root: wanted a path below {self.source_root}")
+            raise UserError(f"{name!r} is outside the root: wanted a path below {self.source_root}")
         path = os.path.normpath(path)
         position = self.by_path.get(path)
         if position is None:
             position = self.by_path.get(path.removeprefix(self.prefix))
         if position is None and os.sep not in path:
             if path in self.ambiguous:
-                raise ValueError(f"{name!r} is the name of several images; wanted a path below {self.source_root}")
+                raise UserError(f"{name!r} is the name of several images; wanted a path below {self.source_root}")
             position = self.by_file.get(path)
         if position is None:
-            raise ValueError(f"{name!r} is not an image below {self.source_root}")
+            raise UserError(f"{name!r} is not an image below {self.source_root}")
         self._refuse_escape(name, os.path.join(self.source_root, self.names[position]))
         return position
 
@@ -187,4 +188,4 @@ class _NameFinder:
         if os.path.islink(real):
             real = os.path.realpath(real)
         if os.path.commonpath([self.real_root, real]) != self.real_root:
-            raise ValueError(f"{name!r} is a link to {real}, outside the root {self.real_root}")
+            raise UserError(f"{name!r} is a link to {real}, outside the root {self.real_root}")

@@ -19,6 +19,7 @@ from torchvision.datasets import DatasetFolder
 
 from semivim.data.label_split import UNKNOWN
 from semivim.data.wds_shards import index_shards
+from semivim.utils.user_error import UserError
 
 # What Pillow raises on files that are not, or no longer, images (a decompression bomb is no OSError), and on no file.
 _DECODING_ERRORS = (OSError, SyntaxError, EOFError, TypeError, ValueError, struct.error, Image.DecompressionBombError)
@@ -45,7 +46,7 @@ _TRAIN_SPLITS = ("train", "training")
 _VAL_SPLITS = ("val", "valid", "validation", "eval", "evaluation")
 
 
-class UnreadableImageError(RuntimeError):
+class UnreadableImageError(UserError):
     """An image that cannot be decoded; the message names it."""
 
 
@@ -60,7 +61,7 @@ class ImageSource:
         root: Folder that names are relative to.
 
     Raises:
-        ValueError: If the labels are not one whole number an image.
+        UserError: If the labels are not one whole number an image.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ImageSource:
         self.read = read
         given = np.asarray(labels)
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-            raise ValueError(f"labels must be one whole number an image, got {given.dtype} of shape {given.shape}")
+            raise UserError(f"labels must be one whole number an image, got {given.dtype} of shape {given.shape}")
         self.labels = given.astype(np.int64)
         self.class_names = None if class_names is None else list(class_names)
         self.names = None if names is None else list(names)
@@ -122,20 +123,20 @@ def open_source(
         **options: More of timm's ``create_dataset`` arguments (class_map, download, ...).
 
     Raises:
-        ValueError: If the source cannot be read by index, is missing or empty, does not read one of the options, or has
+        UserError: If the source cannot be read by index, is missing or empty, does not read one of the options, or has
             labels out of range.
     """
     kind = _kind(dataset)
     for name in sorted(set(options) - _OPTIONS[kind]):
-        raise ValueError(f"{name}={options[name]!r} is not read with dataset {dataset!r}")
+        raise UserError(f"{name}={options[name]!r} is not read with dataset {dataset!r}")
     if kind == "embedded":
         source = _open_digits(dataset, data_dir, split)
     else:
         source = _open_timm(kind, dataset, data_dir, split, **options)
     if len(source) == 0:
-        raise ValueError(f"dataset {dataset!r}, split {split!r}: no images in {data_dir!r}")
+        raise UserError(f"dataset {dataset!r}, split {split!r}: no images in {data_dir!r}")
     if num_classes is not None and source.num_classes > num_classes:
-        raise ValueError(
+        raise UserError(
             f"num_classes is {num_classes}, but dataset {dataset!r} has {source.num_classes} classes (split {split!r})"
         )
     return source
@@ -154,23 +155,23 @@ def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, 
         num_classes: Number of classes that labels must stay below; those of ``source`` if None.
 
     Raises:
-        ValueError: With the folder that both hold, the first class that differs, or the label that is out of range.
+        UserError: With the folder that both hold, the first class that differs, or the label that is out of range.
     """
     if shared := _shared_images(source, val_source):
-        raise ValueError(f"images to train on are validation images too: split {val_split!r} shares {shared}")
+        raise UserError(f"images to train on are validation images too: split {val_split!r} shares {shared}")
     ours, theirs = source.class_names, val_source.class_names
     if ours and theirs and ours != theirs:
         odd = sorted(set(ours) ^ set(theirs)) or [a for a, b in zip(ours, theirs, strict=True) if a != b]
-        raise ValueError(
+        raise UserError(
             f"training has {len(ours)} classes and validation {len(theirs)}, the first that differs is {odd[0]!r}"
         )
     wanted = num_classes or source.num_classes
     if wanted == 0:
-        raise ValueError("training images have no classes: wanted a folder for each, or num_classes and labelled lists")
+        raise UserError("training images have no classes: wanted a folder for each, or num_classes and labelled lists")
     for role, part in (("training", source), ("validation", val_source)):
         worst = int(part.labels.argmax())
         if part.labels[worst] >= wanted:
-            raise ValueError(
+            raise UserError(
                 f"{role} label {part.labels[worst]} of {part.describe(worst)} is out of range for num_classes={wanted}"
             )
 
@@ -181,10 +182,10 @@ def open_unlabelled_folder(root: str) -> ImageSource:
     Hidden files and folders are left out, and a folder that links lead to again counts once.
 
     Raises:
-        ValueError: If the folder is missing or holds no image.
+        UserError: If the folder is missing or holds no image.
     """
     if not os.path.isdir(root):
-        raise ValueError(f"unlabelled folder {root!r} is not a directory")
+        raise UserError(f"unlabelled folder {root!r} is not a directory")
     extensions = get_img_extensions(as_set=True)
     names, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -200,7 +201,7 @@ def open_unlabelled_folder(root: str) -> ImageSource:
             if os.path.splitext(file)[1].lower() in extensions and not file.startswith(".")
         ]
     if not names:
-        raise ValueError(f"unlabelled folder {root!r} holds no image ({', '.join(sorted(extensions))})")
+        raise UserError(f"unlabelled folder {root!r} holds no image ({', '.join(sorted(extensions))})")
     names.sort(key=_order)
     return ImageSource(_FileReader(root, names), np.full(len(names), UNKNOWN), names=names, root=root)
 
@@ -209,10 +210,10 @@ def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
     """Append the images of one source to another's; the classes are the first one's.
 
     Raises:
-        ValueError: If they have images in common, which would count twice.
+        UserError: If they have images in common, which would count twice.
     """
     if shared := _shared_images(first, second):
-        raise ValueError(f"unlabelled images are training images already, and would count twice: both hold {shared}")
+        raise UserError(f"unlabelled images are training images already, and would count twice: both hold {shared}")
     names, root = None, None
     if first.names is not None and second.names is not None and first.root and second.root:
         root = os.path.commonpath([os.path.abspath(first.root), os.path.abspath(second.root)])
@@ -250,7 +251,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"the range of its pixels is not known (mode {image.mode}), wanted 8 or 16 bits a channel")
+        raise UserError(f"the range of its pixels is not known (mode {image.mode}), wanted 8 or 16 bits a channel")
     if image.mode == "P":  # Pillow warns of transparency that is lost, not of that which is dropped
         image = image.convert("RGBA")
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
@@ -311,12 +312,12 @@ def _kind(dataset: str) -> str:
     if dataset in ("", "folder"):
         return ""
     if dataset.lower().startswith(_ITERABLE_PREFIXES):
-        raise ValueError(
+        raise UserError(
             f"dataset {dataset!r} is a stream: a label split needs images by index; wanted {_WORKING_SOURCES}"
         )
     prefix, slash, _ = dataset.partition("/")
     if not (prefix and slash and prefix.lower() in _OPTIONS):
-        raise ValueError(f"dataset {dataset!r} is not known; wanted {_WORKING_SOURCES}")
+        raise UserError(f"dataset {dataset!r} is not known; wanted {_WORKING_SOURCES}")
     return prefix.lower()
 
 
@@ -327,7 +328,7 @@ def _split_folder(data_dir: str, split: str) -> str:
             return data_dir if name == "." else folder
     with os.scandir(data_dir) as entries:
         there = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    raise ValueError(
+    raise UserError(
         f"split {split!r} has no folder of its own in data_dir {data_dir!r}, which holds "
         f"{', '.join(there[:10]) or 'no folder'}{', ...' if len(there) > 10 else ''}; '.' is data_dir itself"
     )
@@ -336,7 +337,7 @@ def _split_folder(data_dir: str, split: str) -> str:
 def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **options: Any) -> ImageSource:
     needs_folder = kind != "hfds" and not (data_dir and options.get("download"))
     if needs_folder and not os.path.exists(data_dir or ""):
-        raise ValueError(f"data_dir {data_dir!r} does not exist (dataset {dataset!r})")
+        raise UserError(f"data_dir {data_dir!r} does not exist (dataset {dataset!r})")
     if kind == "wds":
         read, labels, names = index_shards(data_dir or "", split, options.get("input_key"), options.get("target_key"))
         return ImageSource(read, labels, names=names, root=data_dir)
@@ -348,7 +349,7 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else []  # Hugging Face
     except _OPENING_ERRORS as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
-        raise ValueError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {reason}") from error
+        raise UserError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {reason}") from error
     if reader is None:
         return _from_torchvision(dataset, opened, split)
     if isinstance(reader, ReaderImageFolder):
@@ -364,7 +365,7 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         return ImageSource(_TimmReader(reader), labels, class_names, names, reader.root)
     if targets and reader.dataset[0][reader.image_key] is None:  # datasets makes an empty column of an unknown name
         columns = ", ".join(reader.dataset.column_names)
-        raise ValueError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (input_key) of {columns}")
+        raise UserError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (input_key) of {columns}")
     labels, class_names = _classes(targets, reader.class_to_idx)
     return ImageSource(_TimmReader(reader), labels, class_names)
 
@@ -383,7 +384,7 @@ def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tup
     """
     for name, index in class_to_idx.items():
         if not isinstance(index, int) or index < 0:
-            raise ValueError(f"class_map gives class {name!r} the label {index!r}, wanted a whole number")
+            raise UserError(f"class_map gives class {name!r} the label {index!r}, wanted a whole number")
     indices = dict(class_to_idx)
     rootless = next((indices.pop(name) for name in ("", ".") if name in indices), None)
     labels = [UNKNOWN if label in (None, rootless) else label for label in targets]
@@ -398,7 +399,7 @@ def _refuse_equal_classes(names: Iterable[str]) -> None:
     """Refuse classes between which timm's order is left to chance."""
     for first, second in pairwise(sorted(names, key=_order)):
         if natural_key(first) == natural_key(second):
-            raise ValueError(f"classes {first!r} and {second!r} differ in case or zeros only, and would swap labels")
+            raise UserError(f"classes {first!r} and {second!r} differ in case or zeros only, and would swap labels")
 
 
 def _check_folders(source: ImageSource, root: str, has_class_map: bool) -> None:
@@ -406,25 +407,25 @@ def _check_folders(source: ImageSource, root: str, has_class_map: bool) -> None:
     folders = sorted({os.path.dirname(name) for name in source.names or ()} - {""})
     for folder in folders:
         if folder.startswith(".") or f"{os.sep}." in folder:
-            raise ValueError(f"hidden folder {os.path.join(root, folder)!r} holds images and would count as a class")
+            raise UserError(f"hidden folder {os.path.join(root, folder)!r} holds images and would count as a class")
     if len(_real_folders(source)) < len({os.path.dirname(name) for name in source.names or ()}):
-        raise ValueError(f"links below {root!r} lead to one folder of images by several ways, which would count twice")
+        raise UserError(f"links below {root!r} lead to one folder of images by several ways, which would count twice")
     with os.scandir(root) as entries:
         there = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
     empty = sorted(there - {folder.split(os.sep, 1)[0] for folder in folders})
     if empty and folders and not has_class_map:
         extensions = ", ".join(get_img_extensions())
-        raise ValueError(f"class folders without an image ({extensions}) in {root!r}: {', '.join(empty[:10])}")
+        raise UserError(f"class folders without an image ({extensions}) in {root!r}: {', '.join(empty[:10])}")
 
 
 def _from_torchvision(dataset: str, opened: Any, split: str) -> ImageSource:
     if isinstance(opened, DatasetFolder):
         return _from_files(opened.samples, opened.class_to_idx, str(opened.root))
     if getattr(opened, "train", None) is False and split not in (*_VAL_SPLITS, "test"):
-        raise ValueError(f"split {split!r} of {dataset!r} does not exist; wanted 'train' or 'validation'")
+        raise UserError(f"split {split!r} of {dataset!r} does not exist; wanted 'train' or 'validation'")
     labels = getattr(opened, "targets", getattr(opened, "labels", None))
     if labels is None:
-        raise ValueError(f"dataset {dataset!r} gives no list of labels; wanted {_WORKING_SOURCES}")
+        raise UserError(f"dataset {dataset!r} gives no list of labels; wanted {_WORKING_SOURCES}")
     return ImageSource(_PairReader(opened), labels, getattr(opened, "classes", None))
 
 
@@ -438,13 +439,13 @@ def _open_digits(dataset: str, data_dir: str | None, split: str) -> ImageSource:
     The digits are enlarged here rather than by the views: crops of an 8-pixel image know only a handful of positions.
     """
     if dataset != "embedded/digits":
-        raise ValueError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits'")
+        raise UserError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits'")
     if data_dir:
-        raise ValueError(f"data_dir={data_dir!r} is not read with dataset {dataset!r}")
+        raise UserError(f"data_dir={data_dir!r} is not read with dataset {dataset!r}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("dataset 'embedded/digits' needs scikit-learn: pip install 'semivim[demo]'") from error
+        raise UserError("dataset 'embedded/digits' needs scikit-learn: pip install 'semivim[demo]'") from error
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     rank = np.empty(len(order), dtype=np.int64)  # of an image among those of its class, in random order
@@ -456,7 +457,7 @@ def _open_digits(dataset: str, data_dir: str | None, split: str) -> ImageSource:
     elif split in (*_VAL_SPLITS, "test"):
         chosen = np.flatnonzero(rank < _DIGITS_TEST_PER_CLASS)
     else:
-        raise ValueError(f"split {split!r} of 'embedded/digits' does not exist; wanted 'train' or 'validation'")
+        raise UserError(f"split {split!r} of 'embedded/digits' does not exist; wanted 'train' or 'validation'")
     small = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
     size = (_DIGITS_PX, _DIGITS_PX)
     pixels = np.stack([np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC)) for digit in small])

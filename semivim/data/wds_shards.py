@@ -10,6 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from semivim.data.label_split import UNKNOWN
+from semivim.utils.user_error import UserError
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 TARGET_KEY = "cls"
@@ -56,12 +57,12 @@ def index_shards(root: str, split: str, input_key: str | None = None, target_key
         target_key: Extension that holds the class as a whole number; cls if None.
 
     Raises:
-        ValueError: If there is no shard, one is not a plain tar file, a target is no whole number, or a sample is
+        UserError: If there is no shard, one is not a plain tar file, a target is no whole number, or a sample is
             repeated or has a target and no image; it is named.
     """
     shards = sorted(path for path in Path(root).glob("*.tar") if split in path.stem)
     if not shards:
-        raise ValueError(f"split {split!r}: no shard *{split}*.tar in {root}")
+        raise UserError(f"split {split!r}: no shard *{split}*.tar in {root}")
     image_keys = tuple(input_key.lower().split(";")) if input_key else IMAGE_KEYS
     target_key = target_key.lower() if target_key else TARGET_KEY
     places: list[tuple[str, int, int]] = []
@@ -74,14 +75,14 @@ def index_shards(root: str, split: str, input_key: str | None = None, target_key
                     image = next((sample[extension] for extension in image_keys if extension in sample), None)
                     if image is None:
                         name = sample[target_key].name
-                        raise ValueError(f"{shard}: {name} has no {', '.join(image_keys)} image beside it")
+                        raise UserError(f"{shard}: {name} has no {', '.join(image_keys)} image beside it")
                     places.append((str(shard), image.offset_data, image.size))
                     labels.append(_target(archive, sample[target_key], shard) if target_key in sample else UNKNOWN)
                     names.append(f"{shard.name}/{key}")
         except tarfile.TarError as error:
-            raise ValueError(f"{shard} is not a plain tar file: {error}") from error
+            raise UserError(f"{shard} is not a plain tar file: {error}") from error
     if not places:
-        raise ValueError(f"the {len(shards)} shards *{split}*.tar in {root} hold no {', '.join(image_keys)} image")
+        raise UserError(f"the {len(shards)} shards *{split}*.tar in {root} hold no {', '.join(image_keys)} image")
     return Shards(ShardReader(places), labels, names)
 
 
@@ -93,9 +94,9 @@ def _samples(archive: tarfile.TarFile, shard: Path, wanted: set[str]) -> dict[st
         if extension not in wanted or member.isdir():
             continue
         if not member.isreg():
-            raise ValueError(f"{shard}: {member.name} is a link, wanted a file")
+            raise UserError(f"{shard}: {member.name} is a link, wanted a file")
         if samples.setdefault(key, {}).setdefault(extension, member) is not member:
-            raise ValueError(f"{shard}: {member.name} is there twice")
+            raise UserError(f"{shard}: {member.name} is there twice")
     return samples
 
 
@@ -110,5 +111,5 @@ def _target(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> i
     file = archive.extractfile(member)
     text = file.read().decode("utf-8", "replace").strip() if file else ""
     if not text.isdecimal():
-        raise ValueError(f"{shard}: target {member.name} is {text[:40]!r}, wanted a whole number")
+        raise UserError(f"{shard}: target {member.name} is {text[:40]!r}, wanted a whole number")
     return int(text)

@@ -1,0 +1,49 @@
+"""Mistakes that a user can mend: one line and exit status 2, where any other exception keeps its traceback."""
+
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """A flag, a file or a folder is not what it must be; the message names it, what it is and what is wanted.
+
+    Raised where a user's input is read, and nowhere else.
+    """
+
+
+@contextmanager
+def user_errors_end_the_program(prog: str, debug: bool = False) -> Iterator[None]:
+    """End the process with one line and exit status 2 where the block raises a :class:`UserError`.
+
+    Args:
+        prog: Name of the program, which the line starts with.
+        debug: Print the traceback before the line.
+    """
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        fail(prog, error)
+
+
+def fail(prog: str, error: UserError) -> NoReturn:
+    """Print the line of a user's mistake and exit with status 2."""
+    sys.stderr.write(f"{prog}: error: {user_line(error)}\n")
+    sys.exit(2)
+
+
+def user_line(error: UserError) -> str:
+    """The message of an error, of which torch makes the end of a traceback where a loader process raised it."""
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return re.sub(rf"^(\w+\.)*{type(error).__name__}: ", "", last)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, with its type where that is no sentence, in one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return (text if " " in text else f"{type(error).__name__} {text}".strip())[:300]
