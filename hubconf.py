@@ -6,8 +6,8 @@ the path of a checkout. Keywords are those of `timm.create_model`.
 
 import timm as _timm
 
-import semivim as _semivim  # registers the models
+import semivim.models as _models  # registers them in timm
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numba"]
 
-globals().update({_name: _timm.model_entrypoint(_name) for _name in _timm.list_models(module="vim")})
+globals().update({_name: _timm.model_entrypoint(_name) for _name in _models.list_models()})

@@ -1,33 +1,65 @@
-"""The command `semivim`: publish a training run, label images."""
+"""The command `semivim`: convert published weights, label images, publish a training run."""
 
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 
+from semivim.convert import convert
 from semivim.data import UnreadableImageError
-from semivim.flags.parser import Number, Parser
+from semivim.flags.parser import COUNT, Parser
 from semivim.hub.hub import publish
 from semivim.inference import find_images, load_model, predict
-from semivim.utils.files import one_line
+from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; any mistake of the user's or failure of the Hub is one line and status 2.
+    """Run a subcommand; a mistake of the user's or a failure of the Hub is one line and status 2.
 
     Args:
         argv: Words after `semivim`; None takes the command line's.
     """
-    parser = Parser(prog="semivim", description="Publish a training run, label images.")
+    parser = Parser(prog="semivim", description="Convert published weights, label images, publish a training run.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_publish(commands.add_parser("publish", help="upload a run's best teacher to the Hub and check it"))
+    _add_convert(commands.add_parser("convert", help="turn a published Vim file into a folder that timm loads"))
     _add_predict(commands.add_parser("predict", help="print the top-k labels of image files"))
+    _add_publish(commands.add_parser("publish", help="upload a run's best teacher to the Hub and check it"))
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     args = parser.parse_args(argv)
     run: Callable[[Namespace], Iterator[str]] = args.run
-    try:
+    with user_errors_end_the_program(parser.prog, args.debug):
         for line in run(args):
-            sys.stdout.write(f"{line}\n")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+            _print(line)
+
+
+def _print(line: str) -> None:
+    try:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    except OSError as error:  # a full disk, or a reader that has had enough
+        raise UserError(f"cannot write to the standard output: {error.strerror}") from error
+
+
+def _add_convert(parser: Parser) -> None:
+    parser.add_argument("checkpoint", metavar="IN.pth", help="published checkpoint")
+    parser.add_argument("folder", metavar="OUT_DIR", help="folder to create")
+    parser.add_argument("--model", required=True, metavar="NAME", help="architecture, e.g. vim_tiny_patch16_224")
+    parser.add_argument(
+        "--entry",
+        default="",
+        choices=("model", "model_ema"),
+        help="weights to take from a training state; not given: those whose accuracy is published",
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: Namespace) -> Iterator[str]:
+    model = convert(args.checkpoint, args.model, args.folder, args.entry)
+    num_params = sum(p.numel() for p in model.parameters())
+    yield (
+        f"wrote {args.folder}: {args.model}, {num_params} parameters, {model.num_classes} classes; "
+        "read again, its logits are bit for bit the same"
+    )
 
 
 def _add_publish(parser: Parser) -> None:
@@ -58,8 +90,8 @@ def _add_predict(parser: Parser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="the pretrained weights of a timm name")
     weights.add_argument("--checkpoint", metavar="FILE", help="weights for a timm name, or a training checkpoint")
-    parser.add_argument("--num-classes", type=Number(1, kind=int), help="number of classes of --checkpoint")
-    parser.add_argument("--topk", type=Number(1, kind=int), default=5, help="labels to print")
+    parser.add_argument("--num-classes", type=COUNT, help="number of classes of --checkpoint")
+    parser.add_argument("--topk", type=COUNT, default=5, help="labels to print")
     parser.set_defaults(run=_predict)
 
 

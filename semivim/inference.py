@@ -22,7 +22,9 @@ from semivim.hub.hub import check_repo_id
 from semivim.hub.hub_session import fetch, hub_session
 from semivim.hub.model_folder import MODEL_FILES, load_folder
 from semivim.models.vim_weights import named_tensors
-from semivim.utils.files import UNREADABLE, load_untrusted, one_line
+from semivim.runs.run_folder import WEIGHTS
+from semivim.utils.files import UNREADABLE, load_untrusted
+from semivim.utils.user_error import UserError, one_line
 
 _HUB = "hf-hub:"
 _FOLDER = "local-dir:"
@@ -42,25 +44,25 @@ def load_model(
         num_classes: Number of classes of ``checkpoint``; the model's own if None.
 
     Raises:
-        ValueError: If the name is unknown, has no weights, or the checkpoint does not fit.
+        UserError: If the name is unknown, has no weights, or the checkpoint does not fit.
         HubError: If the weights cannot be had from the Hub.
     """
     if name.startswith((_HUB, _FOLDER)):
         if checkpoint or pretrained or num_classes:
-            raise ValueError(f"model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
+            raise UserError(f"model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
         if name.startswith(_FOLDER):
             return load_folder(Path(name.removeprefix(_FOLDER)), f"model: {name}")
         return load_folder(_download(name.removeprefix(_HUB)), f"model: {name}")
     if not timm.is_model(name):
         near = difflib.get_close_matches(split_model_name_tag(name)[0], timm.list_models(), n=3)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"model: wanted a timm model, {_HUB}org/name or {_FOLDER}FOLDER, got {name!r}{hint}")
+        raise UserError(f"model: wanted a timm model, {_HUB}org/name or {_FOLDER}FOLDER, got {name!r}{hint}")
     if pretrained == bool(checkpoint):
-        raise ValueError(f"model: {name} needs weights, wanted either pretrained or a checkpoint")
+        raise UserError(f"model: {name} needs weights, wanted either pretrained or a checkpoint")
     if checkpoint:
         return _load_checkpoint(name, checkpoint, num_classes)
     if num_classes:
-        raise ValueError(f"num_classes: {num_classes} goes with a checkpoint, wanted none with pretrained weights")
+        raise UserError(f"num_classes: {num_classes} goes with a checkpoint, wanted none with pretrained weights")
     return _load_pretrained(name)
 
 
@@ -71,7 +73,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
         paths: Files, and folders that stand for every image below them.
 
     Raises:
-        ValueError: If a folder holds no image.
+        UserError: If a folder holds no image.
     """
     files = []
     for path in paths:
@@ -97,19 +99,19 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
         ``(label, probability)``, most probable first.
 
     Raises:
-        ValueError: If ``topk`` is out of range, or the model has no classes, odd preprocessing or damaged weights.
+        UserError: If ``topk`` is out of range, or the model has no classes, odd preprocessing or damaged weights.
         UnreadableImageError: If the image is missing or cannot be decoded.
     """
     names = _class_names(model)
     if not names:
-        raise ValueError("model: it has 0 classes, wanted a classifier")
+        raise UserError("model: it has 0 classes, wanted a classifier")
     if not 1 <= topk <= len(names):
-        raise ValueError(f"topk: wanted 1 to {len(names)}, got {topk}")
+        raise UserError(f"topk: wanted 1 to {len(names)}, got {topk}")
     images = _evaluation_view(model, ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)]))
     with torch.inference_mode():
         logits = model(images)[0].float()
     if not logits.isfinite().all():
-        raise ValueError(f"model: its logits of {image_path} are not finite")
+        raise UserError(f"model: its logits of {image_path} are not finite")
     confidence, index = logits.softmax(-1).topk(topk)
     return [(names[i], c) for i, c in zip(index.tolist(), confidence.tolist(), strict=True)]
 
@@ -123,7 +125,7 @@ def _evaluation_view(model: nn.Module, source: ImageSource) -> Tensor:
         return EvaluationImages(decoded, view, np.arange(1)).__getitems__([0]).image
     except UNREADABLE as error:
         name = source.describe(0)
-        raise ValueError(f"model: its pretrained_cfg cannot prepare {name}: {one_line(error)}") from error
+        raise UserError(f"model: its pretrained_cfg cannot prepare {name}: {one_line(error)}") from error
 
 
 def _open_image(path: str | Path) -> Image.Image:
@@ -149,8 +151,12 @@ def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         model = timm.create_model(name, **options)
         model.load_state_dict(weights)
-    except UNREADABLE as error:
-        raise ValueError(f"checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
+    except TypeError as error:  # a bug of the model's, but where it was given a number of classes
+        if num_classes is None:
+            raise
+        raise UserError(f"num_classes: {num_classes} does not suit {name}: {one_line(error)}") from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
     return model.eval()
 
 
@@ -160,22 +166,22 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     try:
         return load(Path(path).read_bytes())
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
+        raise UserError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
 
 
 def _load_pretrained(name: str) -> nn.Module:
     try:
         config = get_pretrained_cfg(name)
     except RuntimeError as error:  # an unknown tag
-        raise ValueError(f"model: {name}: {one_line(error)}") from error
+        raise UserError(f"model: {name}: {one_line(error)}") from error
     if config is None or not config.has_weights:
         known = timm.list_models(f"{split_model_name_tag(name)[0].split('_')[0]}*", pretrained=True)
         hint = f"; with weights: {', '.join(known[:5])}" if known else ""
-        raise ValueError(f"model: no pretrained weights exist for {name}{hint}")
+        raise UserError(f"model: no pretrained weights exist for {name}{hint}")
     repo_id, _, revision = (config.hf_hub_id or "").partition("@")
     if repo_id:
         # timm finds the file in the cache, where its checksum has been verified
-        fetch(repo_id, config.hf_hub_filename or "model.safetensors", revision or None)
+        fetch(repo_id, config.hf_hub_filename or WEIGHTS, revision or None)
     with hub_session(repo_id or name):
         return timm.create_model(name, pretrained=True).eval()
 

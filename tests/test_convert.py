@@ -2,16 +2,15 @@ import argparse
 import copy
 import os
 import pickle
-import runpy
 import stat
-import sys
 
 import pytest
 import timm
 import torch
 from safetensors import SafetensorError
 
-from semivim.convert import convert, main
+from semivim.cli import main
+from semivim.convert import convert
 from semivim.models.vim_weights import WEIGHTS_ENTRY
 from semivim.runs.checkpoint import save_model
 from tests.released import as_bytes, released_state, released_weights
@@ -76,17 +75,15 @@ def test_a_folder_that_does_not_give_the_same_logits_is_not_left_behind(checkpoi
     assert [f.name for f in tmp_path.iterdir()] == ["in.pth"]
 
 
-def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "semivim.convert")
-    monkeypatch.setattr(sys, "argv", ["convert", str(checkpoint), str(tmp_path / "out"), "--model", "test_vim"])
-    runpy.run_module("semivim.convert", run_name="__main__")
+def test_command_line(checkpoint, tmp_path, capsys):
+    main(["convert", str(checkpoint), str(tmp_path / "out"), "--model", "test_vim"])
     assert "out: test_vim, 62026 parameters, 10 classes; read again, its logits are" in capsys.readouterr().out
 
 
 def fail(words, capsys):
     """Run the command with words that it must refuse, and give its one line."""
     with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
+        main(["convert", *map(str, words)])
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1

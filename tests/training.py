@@ -1,7 +1,10 @@
 """A training run of seconds, and what its checkpoints hold."""
 
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 import train_ssl
@@ -14,6 +17,17 @@ TINY += ["--val-interval", "1", "-vb", "250", "--log-interval", "1", "--threshol
 def run(folder, *flags):
     """Train in ``folder``: six updates in two epochs if the flags do not say otherwise."""
     return train_ssl.main([*TINY, "--output", str(folder.parent), "--experiment", folder.name, *map(str, flags)])
+
+
+@contextmanager
+def refused(message, capsys):
+    """The block ends the program with status 2 and one line on the standard error that matches ``message``."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        yield
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert re.search(message, line), line
 
 
 def states(folder, name="last.pth.tar"):

@@ -2,8 +2,9 @@
 
 import argparse
 import difflib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,12 @@ class Number:
 
 
 COUNT = Number(1, kind=int)
+COUNT_OR_NONE = Number(0, kind=int)
+SEED = Number(0, 2**31 - 1, kind=int)
+SHARE = Number(0, 1)
+SHARE_BELOW_ONE = Number(0, 1, ends="[)")
+POSITIVE = Number(0, ends="()")
+NON_NEGATIVE = Number(0)
 
 
 class Name:
@@ -105,19 +112,37 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and suggest the nearest flag."""
+    """An argument parser whose errors are one line and suggest the nearest flag.
+
+    Attributes:
+        checks: What :meth:`check` calls; a function that adds a group of flags appends the check of that group.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=_Help, **options)
+        self.checks: list[Callable[[Parser, argparse.Namespace], None]] = []
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Exit with one line where flags contradict each other, or one is given that nothing would read."""
+        for check in self.checks:
+            check(self, args)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line, naming the nearest known flag where one was misspelt."""
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
-            flags = [option for action in self._actions for option in action.option_strings]
+            flags = self._option_strings()
             suggestions = (_suggest(word.split("=")[0], flags) for word in message.removeprefix(prefix).split())
             message += next(filter(None, suggestions), "")
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _option_strings(self) -> list[str]:
+        """All flags, those of subcommands included."""
+        flags = [option for action in self._actions for option in action.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                flags += [option for command in action.choices.values() for option in command._option_strings()]
+        return flags
 
     def read_config(self, path: str) -> dict[str, Any]:
         """Read a YAML file of flag values and hold each key and value against the flags.
@@ -159,18 +184,31 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{where}: {key}: {error}")
         return result
 
-    def refuse_unread(self, args: argparse.Namespace, owners: Mapping[str, tuple[object, str]]) -> None:
+    def refuse_falling(self, args: argparse.Namespace, names: str, equal: bool = False) -> None:
+        """Exit with one line where the values of a flag do not rise.
+
+        Args:
+            args: The parsed flags.
+            names: Names of flags with several values.
+            equal: Take neighbours that are the same.
+        """
+        for name in names.split():
+            values = getattr(args, name) or []
+            if not all(a < b or (equal and a == b) for a, b in itertools.pairwise(values)):
+                self.error(f"argument {flag(name)}: wanted rising values, got {spaced(values)}")
+
+    def refuse_unread(self, args: argparse.Namespace, conditions: Mapping[str, tuple[object, str]]) -> None:
         """Exit with one line where a flag is given that nothing would read.
 
         Args:
             args: The parsed flags; a flag counts as given where it differs from its default, or its ``-c`` file's.
-            owners: What must hold, in words, with whether it does and the names that are read only then.
+            conditions: A condition in words, with whether it holds and the names of flags that are read only then.
         """
-        for owner, (holds, names) in owners.items():
+        for condition, (holds, names) in conditions.items():
             for name in names.split():
                 value = getattr(args, name)
                 if not holds and value != self.get_default(name):
-                    self.error(f"--{name.replace('_', '-')} is read only with {owner}, got {value}")
+                    self.error(f"{flag(name)} is read only with {condition}, got {value}")
 
 
 def _suggest(word: str, names: Iterable[str]) -> str:
@@ -205,3 +243,41 @@ def _scalar(action: argparse.Action, value: Any) -> Any:
     if action.choices is not None and value not in action.choices:
         raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(map(str, action.choices))}")
     return value
+
+
+def flag(name: str) -> str:
+    """A flag as the command line has it, of its name in the namespace."""
+    return f"--{name.replace('_', '-')}"
+
+
+def spaced(values: Sequence[float]) -> str:
+    """Numbers as the command line has them."""
+    return " ".join(f"{value:g}" for value in values)
+
+
+def parse_flags(
+    parser: Parser, argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
+    """Parse ``defaults``, then ``-c FILE.yaml``, then the command line; what comes later wins.
+
+    Args:
+        parser: The script's parser; it gets ``-c``, and what was set becomes the flags' defaults.
+        argv: Words of the command line; None takes ``sys.argv``.
+        defaults: Values in place of the flags' own defaults.
+
+    Returns:
+        The namespace, without ``config``.
+
+    Raises:
+        SystemExit: With status 2 and one line, for an unreadable file, an unknown key or a bad value.
+    """
+    parser.usage = "%(prog)s [-c FILE] [--FLAG VALUE ...]"
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of defaults, keys as in a run's args.yaml")
+    first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("-c", "--config")
+    known, _ = first.parse_known_args(argv)
+    values = parser.checked(defaults or {}, "defaults") | (parser.read_config(known.config) if known.config else {})
+    parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+    del args.config
+    return args

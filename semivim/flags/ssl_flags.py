@@ -1,20 +1,21 @@
-"""Command line flags of semi-supervised training, beside those shared with timm."""
+"""Flags of semi-supervised training that timm's scripts do not have, and the arguments that they become."""
 
 import argparse
+from typing import Any
 
-from semivim.flags.parser import COUNT, Number, Parser
-from semivim.flags.train_flags import (
-    COUNT_OR_NONE,
-    NON_NEGATIVE,
-    SHARE,
-    SHARE_BELOW_ONE,
-    augment_policy,
-)
+from semivim.flags.data_flags import augment_policy, crop_kwargs
+from semivim.flags.parser import COUNT, COUNT_OR_NONE, NON_NEGATIVE, SHARE, SHARE_BELOW_ONE, Number, Parser, flag
 from semivim.task.semi_supervised import METHODS, PSEUDO_MIXUPS
 from semivim.utils.lyap_ema import PRESETS
 
+# A resumed run reads its label split back, so other values of the flags that drew it would be ignored.
+SPLIT_FLAGS = (
+    "label_fraction", "labels_per_class", "min_per_class", "imb_n1", "imb_m1", "imb_factor_l", "imb_factor_u",
+    "unlabeled_include_labeled", "fold", "split_seed", "labeled_list", "unlabeled_list",
+)  # fmt: skip
 
-def add_semi_supervised_flags(parser: argparse.ArgumentParser) -> None:
+
+def add_semi_supervised_flags(parser: Parser) -> None:
     """Add the groups `Semi-supervised method`, `Label split`, `Unlabelled views` and `LyapEMA`."""
     group = parser.add_argument_group("Semi-supervised method")
     group.add_argument("--ssl-method", default="lyapema", choices=METHODS, help="who labels the weak view")
@@ -77,34 +78,112 @@ def add_semi_supervised_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lyap-radius", type=NON_NEGATIVE, default=None, help="relative radius where V is free, else the mode's"
     )
+    parser.checks += [_check_method, _check_split, _check_lyapema]
 
 
-def check_semi_supervised_flags(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with one line where flags contradict each other, or one is given that nothing would read."""
+def _check_method(parser: Parser, args: argparse.Namespace) -> None:
+    if args.ssl_method == "supervised" and args.pseudo_mixup != "none":
+        parser.error(f"--pseudo-mixup {args.pseudo_mixup}: --ssl-method supervised has no pseudo-labels to mix")
+    unlabelled = "threshold unlabeled_weight weak_color_jitter strong_aa strong_reprob"
+    conditions = {
+        "a --ssl-method other than supervised": (args.ssl_method != "supervised", unlabelled),
+        "--pseudo-mixup ss": (args.pseudo_mixup == "ss", "ssmixup_nu ssmixup_c ssmixup_layers"),
+    }
+    parser.refuse_unread(args, conditions)
+
+
+def _check_split(parser: Parser, args: argparse.Namespace) -> None:
     flags = ("label_fraction", "labels_per_class", "imb_n1", "labeled_list")
-    given = ["--" + flag.replace("_", "-") for flag in flags if getattr(args, flag) is not None]
+    given = [flag(name) for name in flags if getattr(args, name) is not None]
     if len(given) != 1:
         wanted = "give one of --label-fraction, --labels-per-class, --imb-n1 or --labeled-list"
         parser.error(f"{wanted}, got {' and '.join(given) or 'none'}")
-    if args.ssl_method == "supervised" and args.pseudo_mixup != "none":
-        parser.error(f"--pseudo-mixup {args.pseudo_mixup}: --ssl-method supervised has no pseudo-labels to mix")
     if abs(args.imb_factor_u) < 1:
         parser.error(f"argument --imb-factor-u: {args.imb_factor_u:g} is not >= 1 or, to reverse the classes, <= -1")
-    lyapema, preset = args.ssl_method == "lyapema", PRESETS[args.lyap_mode]
-    least = preset.get("min_decay", 0.0) if args.lyap_min_decay is None else args.lyap_min_decay
-    if lyapema and "decay" in preset and args.model_ema_decay < least:
-        parser.error(f"--model-ema-decay {args.model_ema_decay:g} is below --lyap-min-decay {least:g}")
-    unlabelled = "threshold unlabeled_weight weak_color_jitter strong_aa strong_reprob"
-    owners = {
-        "a --ssl-method other than supervised": (args.ssl_method != "supervised", unlabelled),
-        "--pseudo-mixup ss": (args.pseudo_mixup == "ss", "ssmixup_nu ssmixup_c ssmixup_layers"),
+    conditions = {
         "--labeled-list": (args.labeled_list, "unlabeled_list"),
         "a split that is drawn, without --labeled-list": (not args.labeled_list, "fold split_seed"),
         "--imb-n1": (args.imb_n1, "imb_m1 imb_factor_l imb_factor_u"),
         "--imb-m1": (args.imb_m1, "imb_factor_u"),
+    }
+    parser.refuse_unread(args, conditions)
+
+
+def _check_lyapema(parser: Parser, args: argparse.Namespace) -> None:
+    lyapema, preset = args.ssl_method == "lyapema", PRESETS[args.lyap_mode]
+    least = preset.get("min_decay", 0.0) if args.lyap_min_decay is None else args.lyap_min_decay
+    if lyapema and "decay" in preset and args.model_ema_decay < least:
+        parser.error(f"--model-ema-decay {args.model_ema_decay:g} is below --lyap-min-decay {least:g}")
+    conditions = {
         "--ssl-method lyapema": (lyapema, "lyap_mode lyap_min_decay lyap_gamma lyap_radius"),
         "another --ssl-method: lyapema brings its own warm-up": (not lyapema, "model_ema_warmup"),
         "--lyap-mode default": ("decay" in preset, "model_ema_decay lyap_min_decay"),
         "--lyap-mode default or paper_stable": ("v_radius" in preset, "lyap_radius"),
     }
-    parser.refuse_unread(args, owners)
+    parser.refuse_unread(args, conditions)
+
+
+def complete_split_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``split_from_lists`` and ``complete_split`` beside the images."""
+    return {"min_per_class": args.min_per_class, "include_labelled": args.unlabeled_include_labeled}
+
+
+def make_split_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``make_split`` beside the images."""
+    return complete_split_kwargs(args) | {
+        "fraction": args.label_fraction,
+        "per_class": args.labels_per_class,
+        "imb_n1": args.imb_n1,
+        "imb_m1": args.imb_m1,
+        "imb_factor_l": args.imb_factor_l,
+        "imb_factor_u": args.imb_factor_u,
+        "seed": args.split_seed,
+        "fold": args.fold,
+    }
+
+
+def weak_view_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``View`` for the weak view, beside its size and normalisation."""
+    return crop_kwargs(args) | {"color_jitter": args.weak_color_jitter}
+
+
+def strong_view_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``View`` for the strong view, beside its size and normalisation."""
+    return crop_kwargs(args) | {
+        "color_jitter": None,
+        "auto_augment": args.strong_aa or None,
+        "re_prob": args.strong_reprob,
+    }
+
+
+def ssmixup_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the model that mixes hidden states, {} for one that does not."""
+    if args.pseudo_mixup != "ss":
+        return {}
+    return {"ssmixup_c": args.ssmixup_c, "ssmixup_layers": args.ssmixup_layers}
+
+
+def task_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``SemiSupervisedTask`` beside the model and its classes."""
+    return {
+        "method": args.ssl_method,
+        "pseudo_mixup": args.pseudo_mixup,
+        "threshold": args.threshold,
+        "unlabelled_weight": args.unlabeled_weight,
+        "smoothing": args.smoothing,
+        "ssmixup_nu": args.ssmixup_nu,
+    }
+
+
+def teacher_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``SemiSupervisedTask.setup_ema``."""
+    if args.ssl_method != "lyapema":
+        return {"decay": args.model_ema_decay, "use_warmup": args.model_ema_warmup}
+    return {
+        "mode": args.lyap_mode,
+        "decay": args.model_ema_decay if args.lyap_mode == "default" else None,
+        "min_decay": args.lyap_min_decay,
+        "gamma": args.lyap_gamma,
+        "v_radius": args.lyap_radius,
+        "on_nonfinite": "skip",
+    }

@@ -5,7 +5,6 @@ import logging
 import re
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
+import semivim
 from semivim.hub.hub_session import HubError, fetch, hub_session, sha256
 from semivim.hub.model_card import (
     RUN_FILES,
@@ -29,7 +29,8 @@ from semivim.hub.model_card import (
     read_run,
 )
 from semivim.hub.model_folder import load_folder
-from semivim.utils.files import one_line
+from semivim.runs.run_folder import ARGS, CONFIG, METRICS
+from semivim.utils.user_error import UserError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -67,33 +68,40 @@ def publish(
         What was, or would be, published.
 
     Raises:
-        ValueError: If the run folder is incomplete, its weights do not load or give non-finite logits, or ``repo_id``,
-            ``tag`` or ``license_id`` cannot be a name of the kind.
-        OSError: If a file cannot be read or copied.
+        UserError: If the run folder is incomplete, its weights do not load or give non-finite logits, or ``repo_id``,
+            ``tag`` or ``license_id`` cannot be a name of the kind, or a file cannot be read or copied.
         HubError: If the Hub or the network fails, the repository's visibility or the tag is in the way, or what comes
             back is not what was sent.
     """
     _check_names(repo_id, tag, license_id)
     run = read_run(Path(run_dir))
-    with TemporaryDirectory(prefix="semivim-publish-") as stage_dir:
-        stage = Path(stage_dir)
-        card = _stage(run, stage, repo_id, tag or "", license_id)
-        images, logits = _reference_logits(stage, f"run_dir: {run.folder}")
-        files = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
-        api = HfApi(library_name="semivim", library_version=version("semivim"))
-        url = f"{api.endpoint}/{repo_id}"
-        if dry_run:
-            return Publication(url, "", files, card)
-        with hub_session(repo_id):
-            commit = _upload(api, stage, repo_id, tag, private)
-        _logger.info("Uploaded to %s, commit %s; checking it from an empty cache", url, commit)
-        try:
-            if tag:
-                with hub_session(repo_id):
-                    api.create_tag(repo_id, tag=tag, revision=commit)
-            _check_upload(stage, repo_id, tag or commit, images, logits)
-        except HubError as error:
-            raise HubError(f"{error}; commit {commit} is uploaded, but not tagged or not checked") from error
+    try:
+        with TemporaryDirectory(prefix="semivim-publish-") as stage:
+            return _publish(run, Path(stage), repo_id, tag, license_id, private, dry_run)
+    except OSError as error:
+        raise UserError(f"run_dir: {run.folder} cannot be copied: {one_line(error)}") from error
+
+
+def _publish(
+    run: Run, stage: Path, repo_id: str, tag: str | None, license_id: str | None, private: bool, dry_run: bool
+) -> Publication:
+    card = _stage(run, stage, repo_id, tag or "", license_id)
+    images, logits = _reference_logits(stage, f"run_dir: {run.folder}")
+    files = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
+    api = HfApi(library_name="semivim", library_version=semivim.__version__)
+    url = f"{api.endpoint}/{repo_id}"
+    if dry_run:
+        return Publication(url, "", files, card)
+    with hub_session(repo_id):
+        commit = _upload(api, stage, repo_id, tag, private)
+    _logger.info("Uploaded to %s, commit %s; checking it from an empty cache", url, commit)
+    try:
+        if tag:
+            with hub_session(repo_id):
+                api.create_tag(repo_id, tag=tag, revision=commit)
+        _check_upload(stage, repo_id, tag or commit, images, logits)
+    except HubError as error:
+        raise HubError(f"{error}; commit {commit} is uploaded, but not tagged or not checked") from error
     return Publication(url, commit, files, card)
 
 
@@ -105,25 +113,25 @@ def check_repo_id(repo_id: str, argument: str) -> None:
         argument: Its name in the error.
 
     Raises:
-        ValueError: If it is anything else.
+        UserError: If it is anything else.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{argument}: wanted org/name, got {repo_id!r}: {one_line(error)}") from error
+        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}: {one_line(error)}") from error
     if "/" not in repo_id:
-        raise ValueError(f"{argument}: wanted org/name, got {repo_id!r}")
+        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}")
 
 
 def _check_names(repo_id: str, tag: str | None, license_id: str | None) -> None:
     check_repo_id(repo_id, "repo_id")
     # less than git allows: a tag stands in an address and in hf-hub:org/name@tag, where main is the branch
     if tag is not None and not re.fullmatch(r"(?!main$)\w+([.-](?!lock$)\w+)*", tag, re.ASCII):
-        raise ValueError(
+        raise UserError(
             f"tag: wanted letters, digits and '_', with single '.' or '-' between, no main, no .lock; got {tag!r}"
         )
     if license_id is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license_id):
-        raise ValueError(f"license: wanted an identifier of the Hub's like apache-2.0, got {license_id!r}")
+        raise UserError(f"license: wanted an identifier of the Hub's like apache-2.0, got {license_id!r}")
 
 
 def _stage(run: Run, stage: Path, repo_id: str, revision: str, license_id: str | None) -> str:
@@ -131,11 +139,11 @@ def _stage(run: Run, stage: Path, repo_id: str, revision: str, license_id: str |
     for name in RUN_FILES:
         shutil.copyfile(run.folder / name, stage / name)
     license_id = public_license(run, license_id)
-    (stage / "config.json").write_text(json.dumps(public_config(run, license_id), indent=2), encoding="utf-8")
+    (stage / CONFIG).write_text(json.dumps(public_config(run, license_id), indent=2), encoding="utf-8")
     args, _ = public_args(run.args)
-    (stage / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False), encoding="utf-8")
-    (stage / "metrics.json").write_text(json.dumps(public_metrics(run.metrics), indent=1), encoding="utf-8")
-    card = model_card(run, repo_id, revision, version("semivim"), license_id)
+    (stage / ARGS).write_text(yaml.safe_dump(args, sort_keys=False), encoding="utf-8")
+    (stage / METRICS).write_text(json.dumps(public_metrics(run.metrics), indent=1), encoding="utf-8")
+    card = model_card(run, repo_id, revision, semivim.__version__, license_id)
     (stage / "README.md").write_text(card, encoding="utf-8")
     return card
 
@@ -147,7 +155,7 @@ def _reference_logits(stage: Path, where: str) -> tuple[Tensor, Tensor]:
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     logits = _logits(model, images)
     if not logits.isfinite().all():
-        raise ValueError(f"{where}: the weights give logits that are not finite")
+        raise UserError(f"{where}: the weights give logits that are not finite")
     return images, logits
 
 
@@ -163,7 +171,7 @@ def _upload(api: HfApi, stage: Path, repo_id: str, tag: str | None, private: boo
         raise HubError(f"{repo_id}: {api.endpoint}/{repo_id}: exists and is public, wanted a private repository")
     if tag and tag in [ref.name for ref in api.list_repo_refs(repo_id).tags]:
         raise HubError(f"{repo_id}: {api.endpoint}/{repo_id}: tag {tag} exists, wanted a new one")
-    architecture = json.loads((stage / "config.json").read_text(encoding="utf-8"))["architecture"]
+    architecture = json.loads((stage / CONFIG).read_text(encoding="utf-8"))["architecture"]
     return api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message=f"Add {architecture}").oid
 
 

@@ -18,6 +18,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import _http, logging
 
+from semivim.utils.user_error import UserError
+
 _TRIES = 3
 _UPLOAD_FACTOR = 6  # the Hub may work on a commit for a while before it answers
 _MEANING = {
@@ -31,7 +33,7 @@ _MEANING = {
 _MISSING = {"RevisionNotFound": "no such revision or tag", "EntryNotFound": "no such file in the repository"}
 
 
-class HubError(ValueError):
+class HubError(UserError):
     """The Hub could not do it; the message is one line: repository, address, cause."""
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from semivim.hub.model_folder import read_config, read_mapping, short
-from semivim.utils.files import one_line
+from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, SUMMARY, WEIGHTS
+from semivim.utils.user_error import UserError, one_line
 
-RUN_FILES = ("model.safetensors", "config.json", "args.yaml", "metrics.json", "summary.csv", "curves.png")
+RUN_FILES = (WEIGHTS, CONFIG, ARGS, METRICS, SUMMARY, CURVES)
 # where a run was written or resumed from is no part of how to repeat it
 _PLACE_FLAGS = ("output", "experiment", "resume")
 _RECIPE_FLAGS = (
@@ -88,26 +89,26 @@ def read_run(folder: Path) -> Run:
         folder: The run folder.
 
     Raises:
-        ValueError: If a file is missing, unreadable or without the values a card needs.
+        UserError: If a file is missing, unreadable or without the values a card needs.
     """
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"run_dir: wanted a finished run of train_ssl.py, {folder} lacks {', '.join(missing)}")
+        raise UserError(f"run_dir: wanted a finished run of train_ssl.py, {folder} lacks {', '.join(missing)}")
     where = f"run_dir: {folder}"
-    args = read_mapping(folder / "args.yaml", yaml.safe_load, where)
+    args = read_mapping(folder / ARGS, yaml.safe_load, where)
     config = read_config(folder, where)
     if "num_classes" not in config:
-        raise ValueError(f"{where}: config.json lacks num_classes")
+        raise UserError(f"{where}: {CONFIG} lacks num_classes")
     names = config.get("label_names")
     if names is not None and len(names) != config["num_classes"]:
-        raise ValueError(f"{where}: config.json: wanted {config['num_classes']} label_names, got {short(names)}")
-    metrics = read_mapping(folder / "metrics.json", json.loads, where)
+        raise UserError(f"{where}: {CONFIG}: wanted {config['num_classes']} label_names, got {short(names)}")
+    metrics = read_mapping(folder / METRICS, json.loads, where)
     _check_metrics(metrics, config["num_classes"], where)
     try:
-        with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
+        with (folder / SUMMARY).open(newline="", encoding="utf-8") as file:
             epochs = len(list(csv.DictReader(file)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{where}: summary.csv: {one_line(error)}") from error
+        raise UserError(f"{where}: {SUMMARY}: {one_line(error)}") from error
     return Run(folder, args, config, metrics, epochs)
 
 
@@ -116,18 +117,18 @@ def _check_metrics(metrics: dict[str, Any], num_classes: int, where: str) -> Non
     for role, keys in _NEEDED.items():
         entry = metrics.get(role)
         if not isinstance(entry, dict):
-            raise ValueError(f"{where}: metrics.json: wanted a mapping {role}, got {type(entry).__name__}")
+            raise UserError(f"{where}: {METRICS}: wanted a mapping {role}, got {type(entry).__name__}")
         absent = [key for key in keys if key not in entry]
         if absent:
-            raise ValueError(f"{where}: metrics.json: {role} lacks {', '.join(absent)}")
+            raise UserError(f"{where}: {METRICS}: {role} lacks {', '.join(absent)}")
         for key in ("labels_per_class", "per_class_recall"):
             values = entry.get(key, [None] * num_classes)
             if not (isinstance(values, list) and len(values) == num_classes and all(map(_is_number, values))):
                 wanted = f"a list of {num_classes} numbers, one a class, as {role}.{key}"
-                raise ValueError(f"{where}: metrics.json: wanted {wanted}, got {short(values)}")
+                raise UserError(f"{where}: {METRICS}: wanted {wanted}, got {short(values)}")
         for key in _METRICS:
             if not _is_number(entry.get(key)):
-                raise ValueError(f"{where}: metrics.json: wanted a number as {role}.{key}, got {short(entry[key])}")
+                raise UserError(f"{where}: {METRICS}: wanted a number as {role}.{key}, got {short(entry[key])}")
 
 
 def _is_number(value: Any) -> bool:

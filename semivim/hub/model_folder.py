@@ -10,9 +10,10 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from semivim.utils.files import UNREADABLE, one_line
+from semivim.runs.run_folder import CONFIG, WEIGHTS
+from semivim.utils.user_error import UserError, one_line
 
-MODEL_FILES = ("config.json", "model.safetensors")
+MODEL_FILES = (CONFIG, WEIGHTS)
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "architecture": str,
     "num_classes": int,
@@ -31,21 +32,26 @@ def load_folder(folder: Path, where: str) -> nn.Module:
         where: Name of the folder in the error.
 
     Raises:
-        ValueError: If a file is missing or damaged, or the weights do not fit the config.
+        UserError: If a file is missing or damaged, or the weights do not fit the config.
     """
     lacking = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if lacking:
-        raise ValueError(f"{where} lacks {', '.join(lacking)}")
-    architecture = read_config(folder, where)["architecture"]
+        raise UserError(f"{where} lacks {', '.join(lacking)}")
+    config = read_config(folder, where)
+    architecture = config["architecture"]
     if not timm.is_model(architecture):
-        raise ValueError(f"{where}: config.json: architecture {architecture!r} is unknown to timm")
+        raise UserError(f"{where}: {CONFIG}: architecture {architecture!r} is unknown to timm")
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (*UNREADABLE, SafetensorError) as error:
-        raise ValueError(f"{where}: the weights do not load: {one_line(error)}") from error
+    except (LookupError, TypeError) as error:  # a bug of the model's, but where the config gives it options
+        if not config.get("model_args"):
+            raise
+        raise UserError(f"{where}: {CONFIG}: model_args do not suit {architecture}: {one_line(error)}") from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{where}: the weights do not load: {one_line(error)}") from error
     # where these differ, timm draws the classifier at random
     if (saved := model.pretrained_cfg["num_classes"]) != model.num_classes:
-        raise ValueError(f"{where}: config.json: num_classes is {saved}, but {model.num_classes} in model_args")
+        raise UserError(f"{where}: {CONFIG}: num_classes is {saved}, but {model.num_classes} in model_args")
     return model
 
 
@@ -57,14 +63,14 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
         where: Name of the folder in the error.
 
     Raises:
-        ValueError: If it is no JSON, lacks the architecture, or a field has another type.
+        UserError: If it is no JSON, lacks the architecture, or a field has another type.
     """
-    config = read_mapping(folder / "config.json", json.loads, where)
+    config = read_mapping(folder / CONFIG, json.loads, where)
     if "architecture" not in config:
-        raise ValueError(f"{where}: config.json lacks architecture")
+        raise UserError(f"{where}: {CONFIG} lacks architecture")
     for name, wanted in _FIELDS.items():
         if name in config and not isinstance(config[name], wanted):
-            raise ValueError(f"{where}: config.json: {name} is {short(config[name])}, wanted {_type_names(wanted)}")
+            raise UserError(f"{where}: {CONFIG}: {name} is {short(config[name])}, wanted {_type_names(wanted)}")
     return config
 
 
@@ -77,14 +83,14 @@ def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[st
         where: Name of its folder in the error.
 
     Raises:
-        ValueError: If it cannot be read or parsed, or holds anything else.
+        UserError: If it cannot be read or parsed, or holds anything else.
     """
     try:
         value = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{where}: {path.name}: {one_line(error)}") from error
+        raise UserError(f"{where}: {path.name}: {one_line(error)}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: {path.name}: wanted a mapping, got {type(value).__name__}")
+        raise UserError(f"{where}: {path.name}: wanted a mapping, got {type(value).__name__}")
     return value
 
 

@@ -4,35 +4,74 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import save_for_hf
-from timm.utils import CheckpointSaver
+from timm.scheduler import PlateauLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
+from timm.utils import CheckpointSaver, NativeScaler
 from torch import nn
 
+from semivim.runs.run_folder import BEST, CHECKPOINT_SUFFIX, CONFIG, RECOVERY, WEIGHTS
 from semivim.utils.files import flush, load_untrusted, write_text
+from semivim.utils.user_error import UserError, one_line
+
+RUN_LAYOUT = 2  # of checkpoints; 1 had the run's position among the task's losses
 
 
 class AtomicCheckpointSaver(CheckpointSaver):
-    """timm's checkpoint saver without the moments in which a kill loses ``last`` or ``model_best``.
+    """timm's checkpoint saver without the moments in which a kill loses ``last`` or ``model_best``, and the best model.
 
     timm unlinks the old file before it renames the new one; here the rename itself replaces it.
+
+    Args:
+        folder: The run's folder.
+        export: Writes the model and its metrics where an epoch is the best so far.
+        **options: More of timm's arguments.
     """
 
-    def _replace(self, src: str, dst: str) -> None:
-        flush(Path(src))
-        os.replace(src, dst)
-        flush(Path(dst).parent)
+    def __init__(self, folder: Path, export: Callable[[dict[str, Any]], None], **options: Any) -> None:
+        super().__init__(checkpoint_dir=str(folder), recovery_dir=str(folder), recovery_prefix=RECOVERY, **options)
+        assert self.extension == CHECKPOINT_SUFFIX
+        self.folder, self.export = folder, export
+
+    def save_epoch(self, epoch: int, metrics: dict[str, Any], metric_name: str) -> None:
+        """Save the end of an epoch, and export the model if it is the best so far.
+
+        Args:
+            epoch: The epoch.
+            metrics: Metrics of the model to export, {} if the epoch was not evaluated.
+            metric_name: The one that says how good it is.
+        """
+        metric = metrics.get(metric_name)
+        # The model first: killed in between, the epoch is done again and finds the same best.
+        if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
+            self.export({"epoch": epoch, **metrics})
+        self.save_checkpoint(epoch, metric)
+
+    def read_best(self, epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Epoch and metrics of the best model; the model as it is now becomes it where no epoch was evaluated."""
+        path = self.folder / BEST
+        if not path.exists():
+            self.export({"epoch": epoch, **metrics})
+        return json.loads(path.read_text())
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """Save the end of an epoch; recovery files, now older than ``last``, go."""
         best = super().save_checkpoint(epoch, metric)
         for file in Path(self.recovery_dir).glob(f"{self.recovery_prefix}-*-*{self.extension}"):
             file.unlink(missing_ok=True)
-        self.curr_recovery_file = self.last_recovery_file = ""
+        self.curr_recovery_file = self.prev_recovery_file = ""
         return best
+
+    def _replace(self, src: str, dst: str) -> None:
+        flush(Path(src))
+        os.replace(src, dst)
+        flush(Path(dst).parent)
 
     def _duplicate(self, src: str, dst: str) -> None:
         link = f"{dst}.link"
@@ -48,15 +87,68 @@ def load_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a file written by :class:`AtomicCheckpointSaver` (see :func:`load_untrusted`).
 
     Raises:
-        ValueError: If the file is missing, truncated, or not a training checkpoint; the message names it.
+        UserError: If the file is missing, truncated, no training checkpoint or of another layout; one line names it.
     """
     if not os.path.isfile(path):
-        near = sorted(str(f) for f in Path(path).parent.glob("*.pth.tar"))
-        raise ValueError(f"no checkpoint at {path}" + (f"; that folder holds {', '.join(near)}" if near else ""))
+        near = sorted(str(f) for f in Path(path).parent.glob(f"*{CHECKPOINT_SUFFIX}"))
+        raise UserError(f"no checkpoint at {path}" + (f"; that folder holds {', '.join(near)}" if near else ""))
     checkpoint = load_untrusted(path)
     if lacking := {"state_dict", "optimizer", "args", "saver"} - checkpoint.keys():
-        raise ValueError(f"{path} is not a training checkpoint: it lacks {', '.join(sorted(lacking))}")
+        raise UserError(f"{path} is not a training checkpoint: it lacks {', '.join(sorted(lacking))}")
+    layout = getattr(checkpoint["args"], "run_layout", 1)
+    if layout != RUN_LAYOUT:
+        raise UserError(
+            f"{path} has run layout {layout}, wanted {RUN_LAYOUT}: another version of semivim wrote it; go on with "
+            f"that one, or start a new run from its weights: --initial-checkpoint {path}"
+        )
     return checkpoint
+
+
+def restore(
+    checkpoint: dict[str, Any],
+    path: Path,
+    task: TrainingTask,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Scheduler,
+    scaler: NativeScaler | None,
+) -> None:
+    """Put a run back to where its checkpoint was written.
+
+    Args:
+        checkpoint: As :class:`~semivim.runs.checkpoint.AtomicCheckpointSaver` wrote it.
+        path: Where it was read.
+        task: Gets student, teacher and position.
+        optimizer: Gets its state; None leaves optimizer, schedule and scaler as they are new.
+        scheduler: Gets its state, where it has one.
+        scaler: Of the gradients, if they are scaled.
+
+    Raises:
+        UserError: If the checkpoint is another model's.
+    """
+    try:
+        task.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
+        task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint["task_state_ema"], ema=True)
+        if optimizer is not None:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            load_schedule_state(scheduler, checkpoint["task_state"]["progress"]["schedule"])
+            if scaler is not None and scaler.state_dict_key in checkpoint:
+                scaler.load_state_dict(checkpoint[scaler.state_dict_key])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"--resume {path}: not a checkpoint of this run: {one_line(error)}") from error
+
+
+def schedule_state(scheduler: Scheduler) -> dict[str, Any]:
+    """What a schedule knows beyond its position, {} but for plateau (timm's own ``state_dict`` lacks its counters)."""
+    if not isinstance(scheduler, PlateauLRScheduler):
+        return {}
+    return {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": scheduler.restore_lr}
+
+
+def load_schedule_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
+    """Restore what :func:`schedule_state` gave."""
+    if isinstance(scheduler, PlateauLRScheduler) and state:
+        scheduler.lr_scheduler.load_state_dict(state["plateau"])
+        scheduler.restore_lr = state["restore_lr"]
 
 
 def save_best(
@@ -66,9 +158,9 @@ def save_best(
     data_config: dict[str, Any],
     metrics: dict[str, Any],
 ) -> None:
-    """Write the best teacher (see :func:`save_model`) and best.json, its epoch and metrics."""
+    """Write a model (see :func:`save_model`) and best.json, its epoch and metrics."""
     save_model(model, folder, label_names, data_config)
-    write_text(folder / "best.json", json.dumps(metrics))
+    write_text(folder / BEST, json.dumps(metrics))
 
 
 def save_model(
@@ -91,7 +183,7 @@ def save_model(
     config = {"label_names": list(label_names)} if label_names and len(label_names) == model.num_classes else None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
         save_for_hf(model, temporary, model_config=config, safe_serialization=True, data_config=data_config)
-        shutil.copymode(Path(temporary) / "config.json", Path(temporary) / "model.safetensors")  # readable by others
-        for name in ("model.safetensors", "config.json"):
+        shutil.copymode(Path(temporary) / CONFIG, Path(temporary) / WEIGHTS)  # readable by others
+        for name in (WEIGHTS, CONFIG):
             flush(Path(temporary) / name)
             os.replace(Path(temporary) / name, folder / name)

@@ -3,12 +3,14 @@
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.utils import trim_summary, update_summary
 from tqdm import tqdm
 
+from semivim.runs.run_folder import RECORDS, SUMMARY
 from semivim.utils.files import atomic_path
 
 
@@ -20,10 +22,24 @@ class RunLog:
         total_updates: Updates of the whole run.
         first_update: Update the run starts or resumes at; records of later updates are dropped from the log.
         first_epoch: Epoch the run starts or resumes at; records and rows of it and later ones are dropped too.
+        train_columns: Names of an epoch's means in ``summary.csv``.
+        eval_columns: Names of its metrics there.
+        log_wandb: Send the rows to Weights & Biases too.
     """
 
-    def __init__(self, folder: Path | None, total_updates: int, first_update: int = 0, first_epoch: int = 0) -> None:
-        self.path = folder / "metrics.jsonl" if folder else None
+    def __init__(
+        self,
+        folder: Path | None,
+        total_updates: int,
+        first_update: int = 0,
+        first_epoch: int = 0,
+        *,
+        train_columns: Sequence[str] = (),
+        eval_columns: Sequence[str] = (),
+        log_wandb: bool = False,
+    ) -> None:
+        self.path = folder / RECORDS if folder else None
+        self.train_columns, self.eval_columns, self.log_wandb = train_columns, eval_columns, log_wandb
         self.total, self.first, self.done = total_updates, first_update, first_update
         self.images = 0  # since the last record
         self.records: list[dict[str, Any]] = []
@@ -34,7 +50,7 @@ class RunLog:
             self.records = [r for r in found if r["update"] <= first_update and r.get("epoch", -1) < first_epoch]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-            trim_summary(self.path.with_name("summary.csv"), first_epoch)
+            trim_summary(self.path.with_name(SUMMARY), first_epoch)
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_updates, initial=first_update, dynamic_ncols=True, unit="step")
 
@@ -64,33 +80,20 @@ class RunLog:
             eta_s = (now_s - self.start_s) / max(1, self.done - self.first) * (self.total - self.done)
             self.say(f"[{self.done}/{self.total} eta {eta_s:.0f}s] {text}")
 
-    def epoch(
-        self,
-        epoch: int,
-        means: dict[str, float],
-        student: dict[str, Any],
-        teacher: dict[str, Any],
-        lr: float,
-        log_wandb: bool,
-    ) -> None:
-        """Record an evaluation and write the epoch's row.
+    def epoch(self, epoch: int, means: Mapping[str, Any], metrics: Mapping[str, Any], lr: float) -> None:
+        """Write the row of an epoch.
 
         Args:
             epoch: The epoch that ends.
             means: Figures of its steps.
-            student: The student's metrics, {} if the epoch was not evaluated.
-            teacher: The teacher's.
+            metrics: Metrics at its end, {} if it was not evaluated.
             lr: Learning rate of the next step.
-            log_wandb: Send the row to Weights & Biases too.
         """
         if not self.path:
             return
-        if teacher:
-            self.record({"epoch": epoch, "student_top1": student["top1"], "teacher_top1": teacher["top1"]})
-        columns = {name: means.get(name) for name in ("loss_labelled", "loss_unlabelled", "kept_share", "alpha")}
-        row = {"student_top1": student.get("top1")}
-        row |= {name: teacher.get(name) for name in ("top1", "top5", "balanced_acc", "worst_class_recall")}
-        update_summary(epoch, columns, row, self.path.with_name("summary.csv"), lr=lr, log_wandb=log_wandb)
+        train_row = {name: means.get(name) for name in self.train_columns}
+        eval_row = {name: metrics.get(name) for name in self.eval_columns}
+        update_summary(epoch, train_row, eval_row, self.path.with_name(SUMMARY), lr=lr, log_wandb=self.log_wandb)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""

@@ -11,19 +11,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from semivim.data.ssmixup import mix_inputs, mix_probabilistic, mix_targets, mixing_weight, pair_retained
 from semivim.loss.pseudo_label import confidence_and_pseudo, keep_mask, labelled_loss, unlabelled_loss
+from semivim.runs.progress import Progress
 from semivim.utils.lyap_ema import LyapEmaV3, LyapStats
 
 METHODS = ("supervised", "fixmatch", "ema-teacher", "lyapema")
 PSEUDO_MIXUPS = ("none", "prob", "ss")
-_POSITION = ("num_updates", "num_epochs", "interval_sums", "epoch_sums", "unreadable", "schedule")
 
 
 class SemiSupervisedTask(TrainingTask):
     """Loss of one labelled and one unlabelled batch, ``L = L_labelled + mu * L_unlabelled``.
 
-    Methods differ in who labels the weak view: nobody (``supervised``), the student itself (``fixmatch``), its
+    Methods differ in the model that gives the weak views their pseudo-labels: the student (``fixmatch``), its
     exponential moving average (``ema-teacher``) or the average kept by :class:`~semivim.utils.lyap_ema.LyapEmaV3`
-    (``lyapema``). Every method keeps an average of the student, which is what gets evaluated as the teacher.
+    (``lyapema``); ``supervised`` uses labelled images only. Every method keeps an average of the student, the teacher,
+    which is evaluated beside it.
 
     Args:
         model: The student, giving ``(b, num_classes)`` logits; with ``pseudo_mixup='ss'`` it takes ``psi`` and ``nu``.
@@ -35,16 +36,7 @@ class SemiSupervisedTask(TrainingTask):
         unlabelled_weight: ``mu``, not negative.
         smoothing: Label smoothing, in [0, 1), of labelled class indices and of ``prob``'s mixed targets.
         ssmixup_nu: Control coefficient ``nu`` of the hidden-state mix.
-        ssmixup_ramp_steps: Steps over which ``nu`` rises linearly from zero: switching it on at once on a trained
-            network costs accuracy.
-
-    Attributes:
-        num_updates: Optimizer steps done, skipped ones included.
-        num_epochs: Epochs finished, with their evaluation; the updates of one more may be done.
-        interval_sums: Figures of the steps since the last log line (see ``train_step``).
-        epoch_sums: Those of the steps of the unfinished epoch.
-        unreadable: Times each unreadable image was skipped, by its position, over all ranks.
-        schedule: State of a learning rate schedule that has one (see ``schedule_state``).
+        progress: Position of the run, which checkpoints hold as part of the task's state; a new one if None.
 
     Raises:
         ValueError: For a method, mixup or range that does not exist.
@@ -65,7 +57,7 @@ class SemiSupervisedTask(TrainingTask):
         unlabelled_weight: float = 1.0,
         smoothing: float = 0.0,
         ssmixup_nu: float = 0.1,
-        ssmixup_ramp_steps: int = 0,
+        progress: Progress | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,13 +78,7 @@ class SemiSupervisedTask(TrainingTask):
         self.unlabelled_weight = unlabelled_weight
         self.smoothing = smoothing
         self.ssmixup_nu = ssmixup_nu
-        self.ssmixup_ramp_steps = ssmixup_ramp_steps
-        self.num_updates = 0
-        self.num_epochs = 0
-        self.interval_sums: dict[str, Tensor] = {}
-        self.epoch_sums: dict[str, Tensor] = {}
-        self.unreadable: dict[int, int] = {}
-        self.schedule: dict[str, Any] = {}
+        self.progress = progress or Progress()
         self.lyap_stats: LyapStats | None = None
 
     def forward(
@@ -101,6 +87,7 @@ class SemiSupervisedTask(TrainingTask):
         target: Tensor,
         weak: Tensor | None = None,
         strong: Tensor | None = None,
+        ssmixup_ramp: float = 1.0,
     ) -> dict[str, Tensor]:
         """Compute the loss of one step, in the paper's order; updates nothing.
 
@@ -109,6 +96,8 @@ class SemiSupervisedTask(TrainingTask):
             target: Class indices ``(b,)`` or soft targets ``(b, num_classes)``.
             weak: Weak views of the unlabelled images, ``(mu_b, c, h, w)``; unused by ``supervised``.
             strong: Strong views of the same images.
+            ssmixup_ramp: Share of ``ssmixup_nu`` that applies, in [0, 1]: to switch the mixed hidden state on at once
+                costs a trained network accuracy.
 
         Returns:
             ``loss`` with gradient; without gradient ``output`` (labelled logits), ``loss_labelled``,
@@ -123,7 +112,7 @@ class SemiSupervisedTask(TrainingTask):
 
         confidence, pseudo = self.pseudo_label(weak)  # Eq. (17), (18)
         keep = keep_mask(confidence, self.threshold)  # the indicator of Eq. (21)
-        views, soft_target, mixed_keep, readout = self.mix(strong, pseudo, confidence, keep, len(input))
+        views, soft_target, mixed_keep, readout = self.mix(strong, pseudo, confidence, keep, len(input), ssmixup_ramp)
 
         # One forward for both branches: one DDP reduction, and no second pass through the layers' weights.
         logits = self.trainable_module(torch.cat([input, views]), **readout)
@@ -153,7 +142,13 @@ class SemiSupervisedTask(TrainingTask):
         return confidence_and_pseudo(teacher(weak))
 
     def mix(
-        self, strong: Tensor, pseudo: Tensor, confidence: Tensor, keep: Tensor, num_labelled: int
+        self,
+        strong: Tensor,
+        pseudo: Tensor,
+        confidence: Tensor,
+        keep: Tensor,
+        num_labelled: int,
+        ssmixup_ramp: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Views, targets and kept rows that train, and the read-out arguments of the student.
 
@@ -169,10 +164,9 @@ class SemiSupervisedTask(TrainingTask):
         psi = mixing_weight(confidence, confidence[partner])  # Eq. (12)
         views = mix_inputs(strong, partner, psi)  # Eq. (13)
         soft_target = mix_targets(pseudo, partner, psi, self.num_classes)  # Eq. (13)
-        ramp = min(1.0, (self.num_updates + 1) / self.ssmixup_ramp_steps) if self.ssmixup_ramp_steps else 1.0
         readout = {  # Eq. (15), (16): the blocks mix psi * h_fwd + (1 - psi) * h_bwd, read with weight nu
             "psi": torch.cat([psi.new_full((num_labelled,), 0.5), psi]),
-            "nu": torch.cat([psi.new_zeros(num_labelled), torch.full_like(psi, ramp * self.ssmixup_nu)]),
+            "nu": torch.cat([psi.new_zeros(num_labelled), torch.full_like(psi, ssmixup_ramp * self.ssmixup_nu)]),
         }
         return views, soft_target, keep, readout
 
@@ -223,11 +217,11 @@ class SemiSupervisedTask(TrainingTask):
         return self.trainable_module
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Where the run stands, or the teacher's Lyapunov scalars."""
+        """The run's progress and the teacher's last update; of the teacher (``ema``) its Lyapunov scalars."""
         if ema:
             return self.trainable_module_ema.lyap_state_dict() if self.has_ema() else {}
         stats = self.lyap_stats._asdict() if self.lyap_stats else None
-        return {name: getattr(self, name) for name in _POSITION} | {"lyap_stats": stats}
+        return {"progress": self.progress.state_dict(), "lyap_stats": stats}
 
     def load_task_state(
         self,
@@ -236,12 +230,11 @@ class SemiSupervisedTask(TrainingTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Restore what :meth:`get_task_state` gave; None leaves everything as it is."""
+        """Restore what :meth:`get_task_state` returned; None leaves everything as it is."""
         if state is None:
             return
         if ema:
             self.trainable_module_ema.load_lyap_state_dict(state)
         else:
-            for name in _POSITION:
-                setattr(self, name, state[name])
+            self.progress.load_state_dict(state["progress"])
             self.lyap_stats = LyapStats(**state["lyap_stats"]) if state["lyap_stats"] else None

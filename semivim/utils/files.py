@@ -11,6 +11,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from semivim.utils.user_error import UserError, one_line
 
 
 @contextmanager
@@ -54,12 +57,6 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, with its type where that is no sentence, in one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    return (text if " " in text else f"{type(error).__name__} {text}".strip())[:300]
-
-
 def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
     """Read a file of ``torch.save`` without running any code it may hold; an ``argparse.Namespace`` may be inside.
 
@@ -70,7 +67,7 @@ def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
         What it holds, tensors on the CPU.
 
     Raises:
-        ValueError: If the file is missing, damaged, no torch file, or holds anything but a dict; one line names it.
+        UserError: If the file is missing, damaged, no torch file, or holds anything but a dict; one line names it.
     """
     try:
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
@@ -79,7 +76,23 @@ def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
     except UNREADABLE as error:
         # torch wraps what it found in the advice to load the file unrestricted
         inner = error.__context__ if isinstance(error, UnpicklingError) else None
-        raise ValueError(f"{path} is not a readable torch file: {one_line(inner or error)}") from error
+        raise UserError(f"{path} is not a readable torch file: {one_line(inner or error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, wanted a dict of weights or of a training state")
+        raise UserError(f"{path} holds a {type(content).__name__}, wanted a dict of weights or of a training state")
     return content
+
+
+def check_weights_file(path: str | os.PathLike) -> None:
+    """Refuse a file of weights that cannot be read.
+
+    Raises:
+        UserError: If it is missing or damaged, neither safetensors nor what :func:`load_untrusted` reads.
+    """
+    if Path(path).suffix != ".safetensors":
+        load_untrusted(path)
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {one_line(error)}") from error

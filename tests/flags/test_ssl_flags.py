@@ -1,8 +1,11 @@
 import pytest
 
+from semivim.data import View
+from semivim.flags import ssl_flags
+from semivim.flags.data_flags import add_augmentation_flags
+from semivim.flags.model_flags import add_ema_flags
 from semivim.flags.parser import Parser
-from semivim.flags.ssl_flags import add_semi_supervised_flags, check_semi_supervised_flags
-from semivim.flags.train_flags import add_ema_flags
+from semivim.flags.ssl_flags import add_semi_supervised_flags
 from semivim.layers.ssmixup_readout import SSMIXUP_C
 
 SPLIT = ["--labels-per-class", "4"]
@@ -18,7 +21,7 @@ def make_parser():
 def parse(words):
     parser = make_parser()
     args = parser.parse_args(words)
-    check_semi_supervised_flags(parser, args)
+    parser.check(args)
     return args
 
 
@@ -124,3 +127,46 @@ def test_list_is_no_draw(capsys):
 )
 def test_what_has_an_effect_is_taken(words):
     parse(words.split())
+
+
+def all_flags(words):
+    parser = Parser(prog="train", allow_abbrev=False)
+    add_augmentation_flags(parser)
+    add_ema_flags(parser)
+    add_semi_supervised_flags(parser)
+    return parser.parse_args(words.split())
+
+
+def test_split_flags_become_arguments_of_the_split():
+    args = all_flags("--imb-n1 20 --imb-factor-l 4 --imb-m1 40 --imb-factor-u -4 --fold 3 --split-seed 5")
+    assert ssl_flags.make_split_kwargs(args) == {
+        "fraction": None, "per_class": None, "imb_n1": 20, "imb_m1": 40, "imb_factor_l": 4.0, "imb_factor_u": -4.0,
+        "min_per_class": 1, "include_labelled": False, "seed": 5, "fold": 3,
+    }  # fmt: skip
+    assert set(ssl_flags.SPLIT_FLAGS) <= set(vars(args))
+
+
+def test_views_share_the_crop_and_differ_in_strength():
+    args = all_flags("--scale 0.5 1 --weak-color-jitter 0.1 --strong-reprob 0.4 --aa v0 --reprob 0.2")
+    weak, strong = ssl_flags.weak_view_kwargs(args), ssl_flags.strong_view_kwargs(args)
+    assert weak["scale"] == strong["scale"] == [0.5, 1.0]
+    assert (weak["color_jitter"], strong["color_jitter"]) == (0.1, None)
+    assert (weak.get("auto_augment"), strong["auto_augment"]) == (None, "rand-m9-mstd0.5-inc1")
+    assert (weak.get("re_prob"), strong["re_prob"]) == (None, 0.4)
+    for kwargs in (weak, strong):
+        View((3, 32, 32), (0.5,) * 3, (0.5,) * 3, **kwargs)
+
+
+def test_model_mixes_hidden_states_only_with_ssmixup():
+    assert ssl_flags.ssmixup_kwargs(all_flags("")) == {}
+    kwargs = ssl_flags.ssmixup_kwargs(all_flags("--pseudo-mixup ss --ssmixup-layers 2"))
+    assert kwargs == {"ssmixup_c": "own", "ssmixup_layers": 2}
+
+
+def test_teacher_gets_the_options_of_its_method():
+    plain = ssl_flags.teacher_kwargs(all_flags("--ssl-method fixmatch --model-ema-decay 0.9 --model-ema-warmup"))
+    assert plain == {"decay": 0.9, "use_warmup": True}
+    default = ssl_flags.teacher_kwargs(all_flags("--lyap-min-decay 0.5"))
+    assert (default["mode"], default["decay"], default["min_decay"]) == ("default", 0.9998, 0.5)
+    assert ssl_flags.teacher_kwargs(all_flags("--lyap-mode paper_stable"))["decay"] is None
+    assert ssl_flags.task_kwargs(all_flags("--threshold 0.9"))["threshold"] == 0.9

@@ -4,8 +4,9 @@ import re
 import pytest
 import torch
 
-from semivim.flags import train_flags
-from semivim.flags.parser import Number, Parser
+from semivim.flags import data_flags, model_flags, train_flags
+from semivim.flags.parser import Number, Parser, parse_flags
+from semivim.utils.user_error import UserError
 
 # timm 1.0's train.py: flag -> default, for the flags shared with it
 TIMM = {
@@ -21,14 +22,15 @@ TIMM = {
     "log_interval": 50, "val_interval": 1, "recovery_interval": 0, "checkpoint_hist": 10, "workers": 4,
     "eval_metric": "top1",
 }  # fmt: skip
-GROUPS = ["dataset", "device", "optimizer", "schedule", "augmentation", "ema", "misc"]
 
 
 def make_parser():
     parser = Parser(prog="train", allow_abbrev=False)
-    train_flags.add_model_flags(parser, model="vim_tiny_patch16_224")
-    for group in GROUPS:
-        getattr(train_flags, f"add_{group}_flags")(parser)
+    model_flags.add_model_flags(parser, model="vim_tiny_patch16_224")
+    for module in (data_flags, model_flags, train_flags):
+        for name in vars(module):
+            if name.startswith("add_") and name != "add_model_flags":
+                getattr(module, name)(parser)
     return parser
 
 
@@ -40,7 +42,7 @@ def parser():
 def refusal(capsys, words):
     parser = make_parser()
     with pytest.raises(SystemExit) as error:
-        train_flags.check_train_flags(parser, train_flags.parse_flags(parser, words))
+        parser.check(parse_flags(parser, words))
     assert error.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -54,7 +56,7 @@ def test_shared_flags_have_timms_defaults(parser):
 
 def test_every_flag_explains_itself_on_one_page(parser):
     assert [a.dest for a in parser._actions if not a.help] == []
-    train_flags.parse_flags(parser, [])
+    parse_flags(parser, [])
     assert parser.format_help().startswith("usage: train [-c FILE] [--FLAG VALUE ...]\n\n")
 
 
@@ -105,6 +107,9 @@ def test_wrong_value_is_refused_where_it_is_read(words, capsys):
             "--in-chans 1 --std 1 1 1",
             "argument --std: wanted one value for each channel (1), or one for all, got 1 1 1",
         ),
+        ("--input-size 2 32 32", "argument --input-size: wanted 1 or 3 channels, got 2"),
+        ("--resume auto", "--resume auto: needs --experiment to know which run to look for"),
+        ("--no-resume-opt", "--no-resume-opt is read only with --resume, got True"),
         ("--in-chans 1 --input-size 3 32 32", "argument --in-chans: got 1, --input-size says 3"),
         ("--sched plateau --sched-on-updates", "argument --sched: plateau steps every epoch, got --sched-on-updates"),
         ("--mixup 1 -b 7", "--mixup and --cutmix pair images: --batch-size must be even, got 7"),
@@ -128,7 +133,7 @@ def test_device_that_is_not_here_is_refused(device, count, monkeypatch, capsys, 
     said = f"{device} is not here: torch finds {count} devices of type {device.split(':')[0]}"
     assert refusal(capsys, ["--device", device]) == f"argument --device: {said}"
     for there in ("cpu", "cuda", "cuda:1"):
-        train_flags.check_train_flags(parser, parser.parse_args(["--device", there]))
+        parser.check(parser.parse_args(["--device", there]))
 
 
 def test_cuda_is_refused_where_torch_finds_no_accelerator(monkeypatch, capsys):
@@ -144,18 +149,18 @@ def test_what_timm_takes_is_taken(parser):
         "--mean 0 --std 1 --train-crop-mode rkrc --interpolation= --min-lr 0 --sched wsd --decay-epochs 0.2 "
         "--opt-betas 0.9 0.99 0.999 --amp --amp-dtype bfloat16 --mixup 0 --start-epoch 0 -b 128"
     )
-    args = train_flags.parse_flags(parser, words.split())
-    train_flags.check_train_flags(parser, args)
+    args = parse_flags(parser, words.split())
+    parser.check(args)
     assert (args.aa, args.clip_grad, args.model_kwargs, args.interpolation) == ("", 1.0, {"depth": 2, "name": ""}, "")
     for policy in ("rand-m9-mstd0.5-inc1", "rand-m9-n3-tweights", "augmix-m5-w4-d2", "original-mstd0.5", "v0r", "3a"):
-        assert train_flags.augment_policy(policy) == policy
+        assert data_flags.augment_policy(policy) == policy
 
 
 def test_config_comes_after_defaults_and_before_the_command_line(parser, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lr: 3e-4\nopt_betas: [0.9, '0.95']\namp: true\nepochs: 7\nin_chans: null\n")
     defaults = {"epochs": 5, "lr": 1.0, "warmup_epochs": 2, "in_chans": 1}
-    args = train_flags.parse_flags(parser, ["-c", str(path), "--epochs", "9"], defaults)
+    args = parse_flags(parser, ["-c", str(path), "--epochs", "9"], defaults)
     assert (args.lr, args.opt_betas, args.amp, args.epochs) == (3e-4, [0.9, 0.95], True, 9)
     assert (args.warmup_epochs, args.in_chans) == (2, None)
     assert not hasattr(args, "config")
@@ -163,7 +168,7 @@ def test_config_comes_after_defaults_and_before_the_command_line(parser, tmp_pat
 
 def test_defaults_pass_the_checks_of_typed_values(parser, capsys):
     with pytest.raises(SystemExit):
-        train_flags.parse_flags(parser, [], {"smoothing": 1.0})
+        parse_flags(parser, [], {"smoothing": 1.0})
     assert capsys.readouterr().err == "train: error: defaults: smoothing: 1.0 is not a finite number in [0, 1)\n"
 
 
@@ -174,3 +179,31 @@ def test_learning_rate_scales_as_timms(parser):
     assert train_flags.scaled_lr(args, 1024) == pytest.approx(0.2)  # adaptive: square root
     args = parser.parse_args(["--lr", "3e-4"])
     assert train_flags.scaled_lr(args, 1024) == 3e-4
+
+
+def test_optimizer_and_schedule_are_those_of_the_flags(parser):
+    args = parser.parse_args(
+        ["--opt", "adamw", "--lr-base", "0.01", "--epochs", "8", "--warmup-epochs", "2", "--clip-grad", "0.5"]
+    )
+    model = torch.nn.Linear(3, 2)
+    optimizer, scheduler, epochs = train_flags.create_optimizer(args, model, epoch_updates=4, images_per_update=64)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (args.lr, epochs, scheduler.warmup_t) == (pytest.approx(0.005), 8, 2)
+    assert train_flags.clip_kwargs(args) == {"clip_grad": 0.5, "clip_mode": "norm"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--opt adamw --opt-kwargs foo=1", r"^--opt adamw, --opt-kwargs, --sched cosine: .*foo"),
+        ("--sched wsd --decay-epochs 500", r"--sched wsd: .*decay_epochs"),
+        ("--epochs 3 --start-epoch 3", r"^--start-epoch is 3, wanted less than the 3 epochs"),
+    ],
+)
+def test_options_that_do_not_suit_the_optimizer_are_the_users(words, message, parser):
+    with pytest.raises(UserError, match=message):
+        train_flags.create_optimizer(parser.parse_args(words.split()), torch.nn.Linear(3, 2), 4, 64)
+
+
+def test_watched_options_are_flags(parser):
+    assert set(train_flags.OPTIMIZER_OPTIONS) <= set(vars(parser.parse_args([])))

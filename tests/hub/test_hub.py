@@ -182,18 +182,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, repo: str) -> N
 
 @pytest.mark.parametrize("name", ["alone", "a/b/c", "org/bad name", "org/two\nlines"])
 def test_bad_repository_name(run_dir: Path, name: str) -> None:
-    assert _publish(run_dir, name, dry_run=True).line.startswith("ValueError: repo_id: wanted org/name, got ")
+    assert _publish(run_dir, name, dry_run=True).line.startswith("UserError: repo_id: wanted org/name, got ")
 
 
 @pytest.mark.parametrize("tag", ["", "bad tag~", "v1/2", "a..b", "-v", "v1.", "é", "v1\n", "v.lock", "main"])
 def test_bad_tag(repo: str, run_dir: Path, tag: str) -> None:
-    assert _publish(run_dir, repo, tag=tag, dry_run=True).line.startswith("ValueError: tag: wanted letters")
+    assert _publish(run_dir, repo, tag=tag, dry_run=True).line.startswith("UserError: tag: wanted letters")
 
 
 def test_bad_license(repo: str, run_dir: Path) -> None:
     for license_id in ("", "MIT", "gpl 3", "mit\n"):
         answer = _publish(run_dir, repo, license_id=license_id, dry_run=True)
-        assert answer.line.startswith("ValueError: license: wanted an identifier")
+        assert answer.line.startswith("UserError: license: wanted an identifier")
 
 
 def test_license_is_published_in_card_and_config(hub: HubServer, repo: str, run_dir: Path) -> None:

@@ -42,8 +42,8 @@ def test_the_model_has_the_folders_weights_in_eval_mode(folder: Path) -> None:
         ("config.json", {"pretrained_cfg": None}, "pretrained_cfg is None, wanted dict"),
         ("config.json", {"model_args": {"num_classes": 4}}, "num_classes is 5, but 4 in model_args"),
         ("config.json", {"model_args": [1]}, r"config.json: model_args is \[1\], wanted dict"),
-        ("config.json", {"model_args": {"colour": 1}}, "the weights do not load: .*'colour'"),
-        ("config.json", {"model_args": {"depth": "x"}}, "the weights do not load: "),
+        ("config.json", {"model_args": {"colour": 1}}, "config.json: model_args do not suit test_vim: .*'colour'"),
+        ("config.json", {"model_args": {"depth": "x"}}, "model_args do not suit test_vim: "),
         ("config.json", {"architecture": "vim_tiny_patch16_224"}, "the weights do not load: Error"),
         ("model.safetensors", b"", "the weights do not load: .*header"),
         ("model.safetensors", b"\x00" * 5000, "the weights do not load: .*header"),
@@ -93,3 +93,16 @@ def test_a_mapping_in_yaml(tmp_path: Path, text: str | None, cause: str) -> None
 
 def test_a_long_value_is_cut_short() -> None:
     assert short([1, 2]) == "[1, 2]" and len(short("x" * 100)) == 60
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])
+def test_a_bug_inside_the_model_keeps_its_traceback(folder: Path, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object, *args: object, **kwargs: object) -> None:
+        raise kind("'Vim' object has no attribute 'typo'")
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "model_args"}))
+    monkeypatch.setattr("semivim.models.vim.Vim.__init__", broken)
+    with pytest.raises(kind) as caught:
+        load_folder(folder, "run")
+    assert not isinstance(caught.value, ValueError)

@@ -14,10 +14,11 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from semivim.models import list_models
 from semivim.ops import use_backend
 from tests.tolerance import assert_close
 
-NAMES = timm.list_models(module="vim")
+NAMES = list_models()
 SMALL = ["test_vim", "semivim_pico"]
 # Another read-out; a patch grid of unequal sides, with the class token in the middle of an odd number of patches.
 VARIANTS = [{}, {"ssmixup_c": "mean"}, {"patch_size": 16, "patch_stride": 8, "img_size": (48, 32)}]

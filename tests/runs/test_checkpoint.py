@@ -1,25 +1,87 @@
+import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from timm.scheduler import create_scheduler_v2
+from timm.utils import CheckpointSaver
 
 from semivim.runs import checkpoint
-from semivim.runs.checkpoint import AtomicCheckpointSaver, load_training_checkpoint, save_model
+from semivim.runs.checkpoint import (
+    RUN_LAYOUT,
+    AtomicCheckpointSaver,
+    load_schedule_state,
+    load_training_checkpoint,
+    restore,
+    save_model,
+    schedule_state,
+)
+from semivim.runs.run_folder import CHECKPOINT_SUFFIX, RECOVERY
+from semivim.utils.user_error import UserError
 from tests.utils.test_files import Evil
 
 
-def make_saver(folder):
+def make_saver(folder, export=lambda metrics: None):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    folders = {"checkpoint_dir": str(folder), "recovery_dir": str(folder)}
-    return AtomicCheckpointSaver(model, optimizer, args=Namespace(model="m"), max_history=2, **folders)
+    args = Namespace(model="m", run_layout=RUN_LAYOUT)
+    return AtomicCheckpointSaver(Path(folder), export, model=model, optimizer=optimizer, args=args, max_history=2)
+
+
+def test_names_of_timms_saver_are_those_that_this_one_uses():
+    """A name that timm changes would be set to no effect, or make files under other names."""
+    saver = CheckpointSaver(torch.nn.Linear(1, 1), None)
+    for name in ("_replace", "_duplicate", "save_checkpoint", "save_recovery", "cmp"):
+        assert callable(getattr(saver, name))
+    assert (saver.curr_recovery_file, saver.prev_recovery_file, saver.best_metric) == ("", "", None)
+    assert (saver.extension, saver.recovery_prefix) == (CHECKPOINT_SUFFIX, RECOVERY)
+    assert set(vars(make_saver("x"))) - set(vars(saver)) == {"folder", "export"}
+
+
+def test_best_model_is_exported_before_its_checkpoint_and_kept_through_a_resume(tmp_path):
+    exported = []
+
+    def export(metrics):
+        last = tmp_path / "last.pth.tar"
+        exported.append((metrics, torch.load(last, weights_only=False)["epoch"] if last.exists() else None))
+        (tmp_path / "best.json").write_text(json.dumps(metrics))
+
+    saver = make_saver(tmp_path, export)
+    for epoch, metrics in enumerate(({"acc": 1.0}, {}, {"acc": 3.0}, {"acc": 2.0})):
+        saver.save_epoch(epoch, metrics, "acc")
+    assert exported == [({"epoch": 0, "acc": 1.0}, None), ({"epoch": 2, "acc": 3.0}, 1)]
+    again = make_saver(tmp_path, export)
+    again.load_state_dict(load_training_checkpoint(tmp_path / "last.pth.tar")["saver"])
+    again.save_epoch(4, {"acc": 2.5}, "acc")
+    assert len(exported) == 2
+    assert again.read_best(5, {"acc": 0.0}) == {"epoch": 2, "acc": 3.0}
+
+
+def test_run_without_an_evaluated_epoch_exports_its_last_model(tmp_path):
+    saver = make_saver(tmp_path, lambda metrics: (tmp_path / "best.json").write_text(json.dumps(metrics)))
+    assert saver.read_best(7, {"acc": 0.5}) == {"epoch": 7, "acc": 0.5}
+
+
+def test_checkpoint_of_another_layout_is_refused_by_name_and_version(tmp_path):
+    saver = make_saver(tmp_path)
+    for layout in (None, RUN_LAYOUT + 1):
+        saver.args = Namespace(model="m", **({} if layout is None else {"run_layout": layout}))
+        saver.save_checkpoint(0)
+        with pytest.raises(
+            UserError, match=rf"last\.pth\.tar has run layout {layout or 1}, wanted {RUN_LAYOUT}: "
+        ) as e:
+            load_training_checkpoint(tmp_path / "last.pth.tar")
+        assert "\n" not in str(e.value)
 
 
 def test_saver_keeps_the_best_and_the_last(tmp_path):
@@ -42,6 +104,7 @@ def test_recovery_files_are_newer_than_last(tmp_path):
     saver.save_recovery(0, 7)
     saver.save_checkpoint(0, 1.0)
     assert not list(tmp_path.glob("recovery-*"))
+    assert saver.curr_recovery_file == saver.prev_recovery_file == ""
     saver.save_recovery(1, 9)
     assert [p.name for p in tmp_path.glob("recovery-*")] == ["recovery-1-9.pth.tar"]
 
@@ -88,10 +151,10 @@ def test_unreadable_and_unsafe_files_are_named(tmp_path, monkeypatch):
     torch.save({"state_dict": Evil(), "optimizer": {}}, tmp_path / "evil2.pth.tar")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth.tar")
     for name in ("cut", "empty", "evil", "evil2", "weights", "absent"):
-        with pytest.raises(ValueError, match=rf"{name}\.pth\.tar"):
+        with pytest.raises(UserError, match=rf"{name}\.pth\.tar"):
             load_training_checkpoint(tmp_path / f"{name}.pth.tar")
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(ValueError, match="that folder holds .*last"):
+    with pytest.raises(UserError, match="that folder holds .*last"):
         load_training_checkpoint(tmp_path / "absent.pth.tar")
 
 
@@ -103,6 +166,50 @@ def test_saved_model_is_what_timm_loads(tmp_path):
     image = torch.randn(1, *model.pretrained_cfg["input_size"])
     assert torch.equal(model(image), loaded(image))
     assert loaded.pretrained_cfg["label_names"] == ["a", "b", "c"]
+
+
+def test_another_models_checkpoint_is_named():
+    with pytest.raises(UserError, match=r"^--resume a\.pth: not a checkpoint of this run: KeyError 'state_dict'$"):
+        restore({}, "a.pth", SimpleNamespace(load_checkpoint_state=None), None, None, None)
+
+
+def plateau():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # timm's word on what is tested here
+        scheduler, _ = create_scheduler_v2(
+            optimizer, "plateau", num_epochs=20, patience_epochs=2, decay_rate=0.5, noise=[0.3, 0.9], noise_seed=1
+        )
+    return optimizer, scheduler
+
+
+def test_plateau_continues_where_it_was(tmp_path):
+    metrics = [1.0, 2.0, 2.0, 2.0, None, 2.0, 2.0, 3.0, 2.0, 2.0, 2.0, 2.0]
+    optimizer, scheduler = plateau()
+    rates = []
+    for epoch, metric in enumerate(metrics):
+        scheduler.step(epoch + 1, metric)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert len(set(rates)) > 4
+    for cut in range(1, len(metrics)):
+        optimizer, scheduler = plateau()
+        for epoch in range(cut):
+            scheduler.step(epoch + 1, metrics[epoch])
+        torch.save({"schedule": schedule_state(scheduler), "optimizer": optimizer.state_dict()}, tmp_path / "s.pt")
+        saved = torch.load(tmp_path / "s.pt", weights_only=True)
+        optimizer, scheduler = plateau()
+        optimizer.load_state_dict(saved["optimizer"])
+        load_schedule_state(scheduler, saved["schedule"])
+        scheduler.step(cut)
+        assert optimizer.param_groups[0]["lr"] == rates[cut - 1]
+        for epoch in range(cut, len(metrics)):
+            scheduler.step(epoch + 1, metrics[epoch])
+            assert optimizer.param_groups[0]["lr"] == rates[epoch], (cut, epoch)
+
+
+def test_schedules_of_the_position_have_no_state():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    assert schedule_state(create_scheduler_v2(optimizer, "cosine", num_epochs=3)[0]) == {}
 
 
 WRITER = """

@@ -2,101 +2,100 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from timm.task import TrainingTask
 from torch import nn
 
-from semivim.data.two_views import LabelledBatch, SslBatch, UnlabelledBatch
-from semivim.runs.optimizer_step import add_up, mean_lr, summarise, train_step, update_seed
-from semivim.task.semi_supervised import SemiSupervisedTask
+from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
 
-CPU = torch.device("cpu")
 OFF = {"clip_grad": None, "clip_mode": "norm"}
 
 
-class Student(nn.Module):
+class Regression(TrainingTask):
+    """A task without labels: the step must need nothing else of a task."""
+
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(4, 3)
+        torch.manual_seed(0)
+        self.trainable_module = nn.Linear(4, 3)
+        self.synced = []
+
+    def get_trainable_module(self, ema=False):
+        return self.trainable_module
+
+    def no_sync(self):
+        self.synced.append(False)
+        return nullcontext()
 
     def forward(self, x):
-        return self.linear(x.flatten(1))
+        return self.trainable_module(x).square().mean()
 
 
-def make(method="lyapema", lr=0.1):
-    torch.manual_seed(0)
-    task = SemiSupervisedTask(Student(), 3, method=method, threshold=0.0)
-    task.setup_ema()
-    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=lr)
-    task.trainable_module_ema.attach(optimizer, task.trainable_module)
-    return task.train(), optimizer
+def make(lr=0.1):
+    task = Regression()
+    return task, torch.optim.SGD(task.parameters(), lr=lr)
 
 
 def batch(seed, scale=1.0):
-    g = torch.Generator().manual_seed(seed)
-    labelled = LabelledBatch(scale * torch.randn(4, 1, 2, 2, generator=g), torch.tensor([0, 1, 2, 0]))
-    weak = torch.randn(6, 1, 2, 2, generator=g)
-    unlabelled = UnlabelledBatch(weak, weak + 0.1, torch.tensor([0, 1, 2, -1, 0, 1]))
-    return SslBatch(labelled, unlabelled, torch.empty(0, dtype=torch.int64))
+    return scale * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def step(task, optimizer, batches, clip=OFF):
-    return train_step(task, batches, optimizer, nullcontext, None, None, clip, CPU)
+def step(task, optimizer, batches, clip=OFF, autocast=nullcontext):
+    def forward(x):
+        loss = task(x)
+        return loss, {"loss": loss.detach()}
+
+    return optimizer_step(task, batches, forward, optimizer, autocast=autocast, scaler=None, clip=clip)
 
 
 def test_accumulated_batches_take_one_step_with_the_mean_gradient():
-    task, optimizer = make("supervised")
-    reference, _ = make("supervised")
-    before = task.trainable_module.linear.weight.detach().clone()
-    batches = [batch(1), batch(2)]
-    assert step(task, optimizer, batches)
-    loss = sum(reference(b.labelled.image, b.labelled.label)["loss"] for b in batches) / 2
-    loss.backward()
-    expected = before - 0.1 * reference.trainable_module.linear.weight.grad
-    torch.testing.assert_close(task.trainable_module.linear.weight, expected)
+    task, optimizer = make()
+    reference, _ = make()
+    before = task.trainable_module.weight.detach().clone()
+    batches = [batch(1), batch(2), batch(3)]
+    result = step(task, optimizer, batches)
+    assert result.taken
+    assert task.synced == [False, False]  # ranks meet at the last batch only
+    loss = sum(reference(b) for b in batches)
+    (loss / 3).backward()
+    expected = before - 0.1 * reference.trainable_module.weight.grad
+    torch.testing.assert_close(task.trainable_module.weight, expected)
+    figures = {name: value.item() for name, value in result.figures.items()}
+    assert figures == {"loss": pytest.approx(loss.item()), "batches": 3.0, "skipped": 0.0}
 
 
 def test_gradient_that_is_not_finite_changes_nothing():
     task, optimizer = make()
-    before = {k: v.clone() for k, v in task.state_dict().items()}
-    assert not step(task, optimizer, [batch(1, scale=float("inf"))])
-    task.update_ema(1)
-    assert task.lyap_stats.skipped
-    assert all(torch.equal(before[k], v) for k, v in task.state_dict().items())
-    assert step(task, optimizer, [batch(1)])
-    assert summarise(task.interval_sums, task)["skipped"] == 1.0
+    before = [p.detach().clone() for p in task.parameters()]
+    result = step(task, optimizer, [batch(1, scale=float("inf"))])
+    assert not result.taken
+    assert result.figures["skipped"] == 1.0
+    assert all(torch.equal(p, q) for p, q in zip(task.parameters(), before, strict=True))
+    assert step(task, optimizer, [batch(1)]).taken
 
 
 def test_clipping_bounds_the_step():
     task, optimizer = make(lr=1.0)
-    before = [p.detach().clone() for p in task.trainable_module.parameters()]
+    before = [p.detach().clone() for p in task.parameters()]
     step(task, optimizer, [batch(1, scale=100.0)], {"clip_grad": 0.5, "clip_mode": "norm"})
-    moved = sum((p - q).square().sum() for p, q in zip(task.trainable_module.parameters(), before, strict=True))
+    moved = sum((p - q).square().sum() for p, q in zip(task.parameters(), before, strict=True))
     assert moved.sqrt().item() == pytest.approx(0.5, rel=1e-3)
 
 
-def test_figures_of_an_interval():
+def test_forward_runs_under_autocast_and_backward_does_not():
     task, optimizer = make()
-    for seed in (1, 2):
-        step(task, optimizer, [batch(seed)])
-        task.update_ema(seed)
-    values = summarise(task.interval_sums, task)
-    assert values["kept_share"] == 1.0
-    assert 0.0 <= values["pseudo_accuracy"] <= 1.0
-    assert values["loss_labelled"] == pytest.approx(task.epoch_sums["loss_labelled"].item() / 2)
-    assert values["skipped"] == 0.0
-    assert {"alpha", "v", "distance", "guard_rate", "lr_scale"} <= set(values)
+    seen = []
 
+    class Context:
+        def __enter__(self):
+            seen.append("in")
 
-def test_unknown_labels_do_not_count_as_wrong():
-    sums = {}
-    result = {
-        "loss_labelled": torch.tensor(1.0),
-        "keep": torch.tensor([True, True, False, True]),
-        "pseudo": torch.tensor([1, 2, 0, 0]),
-    }
-    add_up(sums, result, torch.tensor([1, 0, 0, -1]))
-    assert {k: sums[k].item() for k in ("unlabelled", "kept", "known", "right")} == {
-        "unlabelled": 4, "kept": 3, "known": 2, "right": 1,
-    }  # fmt: skip
+        def __exit__(self, *_):
+            seen.append("out")
+
+    task.trainable_module.register_forward_hook(lambda *_: seen.append("forward"))
+    task.trainable_module.weight.register_hook(lambda _: seen.append("backward"))
+    step(task, optimizer, [batch(1)], autocast=Context)
+    assert seen == ["in", "forward", "out", "backward"]
 
 
 def test_no_two_ranks_share_random_numbers():

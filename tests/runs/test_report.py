@@ -1,10 +1,14 @@
+import json
+
 from PIL import Image
 
-from semivim.runs.report import results_table, save_curves
+from semivim.runs.report import Panel, results_table, save_curves, write_report
+
+PANELS = [Panel("loss", ["loss_labelled"]), Panel("V", ["v", "guard_rate"], "symlog"), Panel("alpha", ["alpha"])]
 
 
 def test_picture_of_nothing(tmp_path):
-    save_curves(tmp_path / "curves.png", [], "a run resumed at its end in a new folder")
+    save_curves(tmp_path / "curves.png", [], PANELS, "a run resumed at its end in a new folder")
     assert (tmp_path / "curves.png").exists()
 
 
@@ -16,7 +20,8 @@ def test_table_and_picture(tmp_path):
         "worst_class_recall": 0.0,
         "per_class_recall": [20.0, None],
     }
-    table = results_table(student, student | {"top1": 12.5})
+    table = results_table({"student": student, "teacher": student | {"top1": 12.5}})
+    assert table.splitlines()[0].split() == ["student", "teacher"]
     assert "top1                       10.00     12.50" in table
     assert "recall of class 0" in table
     assert "class 1" not in table
@@ -24,7 +29,14 @@ def test_table_and_picture(tmp_path):
         {"update": i, "loss_labelled": 1 / i, "v": 10.0**i, "guard_rate": 0.0, "alpha": float("nan")}
         for i in range(1, 5)
     ]
-    save_curves(tmp_path / "curves.png", [*records, {"update": 4, "teacher_top1": 20.0}], "a title")
+    save_curves(tmp_path / "curves.png", [*records, {"update": 4, "teacher_top1": 20.0}], PANELS, "a title")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > picture.size[1] > 100
         assert len(picture.convert("L").getcolors(256)) > 10
+
+
+def test_report_writes_results_and_picture_of_any_run(tmp_path):
+    records = [{"update": i, "loss": 1 / i} for i in range(1, 5)]
+    write_report(tmp_path, {"loss": 0.25}, records, [Panel("loss", ["loss"])], "pretraining")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"loss": 0.25}
+    assert (tmp_path / "curves.png").exists()

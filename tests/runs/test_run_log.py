@@ -30,16 +30,19 @@ def test_resume_drops_later_records_and_a_line_cut_short(tmp_path):
 
 
 def test_rows_and_evaluations_of_an_unfinished_epoch_are_dropped(tmp_path):
-    metrics = {"top1": 50.0, "top5": 90.0, "balanced_acc": 40.0, "worst_class_recall": 0.0}
-    log = RunLog(tmp_path, total_updates=2)
+    metrics = {"top1": 50.0, "top5": 90.0, "confusion": []}
+    columns = {"train_columns": ("loss", "kept_share"), "eval_columns": ("top1", "top5")}
+    log = RunLog(tmp_path, total_updates=2, **columns)
     for epoch in (0, 1):
         log.step(1)
-        log.record({"loss_labelled": 1.0})
-        log.epoch(epoch, {"loss_labelled": 1.0}, metrics if epoch else {}, metrics if epoch else {}, 0.1, False)
+        log.record({"loss": 1.0})
+        if epoch:
+            log.record({"epoch": epoch, "top1": 50.0})
+        log.epoch(epoch, {"loss": 1.0, "skipped": 0.0}, metrics if epoch else {}, 0.1)
     rows = (tmp_path / "summary.csv").read_text().splitlines()
-    assert rows[1:] == ["0,1.0,,,,,,,,,0.1", "1,1.0,,,,50.0,50.0,90.0,40.0,0.0,0.1"]
+    assert rows == ["epoch,train_loss,train_kept_share,eval_top1,eval_top5,lr", "0,1.0,,,,0.1", "1,1.0,,50.0,90.0,0.1"]
     assert [r.get("epoch") for r in log.records] == [None, None, 1]
-    again = RunLog(tmp_path, total_updates=2, first_update=2, first_epoch=1)
+    again = RunLog(tmp_path, total_updates=2, first_update=2, first_epoch=1, **columns)
     assert [r.get("epoch") for r in again.records] == [None, None]
     assert (tmp_path / "summary.csv").read_text().splitlines() == rows[:2]
 

@@ -107,10 +107,9 @@ def test_nothing_kept_trains_on_labels_only():
 
 
 def test_ssmixup_mixes_retained_rows_and_leaves_labelled_rows_alone():
-    task = make("lyapema", pseudo_mixup="ss", threshold=0.0, ssmixup_nu=0.2, ssmixup_ramp_steps=10)
-    task.num_updates = 4
+    task = make("lyapema", pseudo_mixup="ss", threshold=0.0, ssmixup_nu=0.2)
     image, label, weak, strong = batch()
-    task(image, label, weak, strong)
+    task(image, label, weak, strong, ssmixup_ramp=0.5)
     ((rows, psi, nu, _),) = task.trainable_module.calls
     assert torch.equal(rows[:2], image)
     assert nu[:2].tolist() == [0.0, 0.0]
@@ -157,21 +156,22 @@ def test_teacher_stays_in_eval_mode_and_without_gradients():
     assert all(p.grad is not None for p in task.trainable_module.parameters())
 
 
-def test_task_state_resumes_position_and_lyapunov_scalars():
+def test_task_state_resumes_progress_and_lyapunov_scalars():
     task = make("lyapema")
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
     for step in range(1, 4):
         optimizer.zero_grad()
         task(*batch())["loss"].backward()
         optimizer.step()
-        task.num_updates = step
+        task.progress.add({"loss": torch.tensor(1.0)})
         task.update_ema(step)
     assert task.lyap_stats.v > 0
     other = make("lyapema")
     student, teacher = task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)
     other.load_checkpoint_state(student["state_dict"], student["task_state"])
     other.load_checkpoint_state(teacher["state_dict_ema"], teacher["task_state_ema"], ema=True)
-    assert other.num_updates == 3
+    assert other.progress == task.progress
+    assert other.progress.num_updates == 3
     assert other.lyap_stats == task.lyap_stats
     with torch.no_grad():
         for t in (task, other):

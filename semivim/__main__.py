@@ -1,0 +1,5 @@
+"""``python -m semivim`` is the command ``semivim``."""
+
+from semivim.cli import main
+
+main()

@@ -1,0 +1,237 @@
+"""Flags of the model, its average and the device, in timm's spelling, and what they make."""
+
+import argparse
+import importlib
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.utils import NativeScaler, ParseKwargs, init_distributed_device
+
+from semivim.flags.data_flags import INTERPOLATIONS
+from semivim.flags.parser import COUNT, POSITIVE, SHARE, Name, Number, Parser, assignment, flag, spaced
+from semivim.utils.files import check_weights_file
+from semivim.utils.user_error import UserError, one_line
+
+COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+def compile_backends() -> list[str]:
+    """Names that ``torch.compile`` takes, those for debugging included."""
+    return torch.compiler.list_backends(exclude_tags=())
+
+
+def importable(text: str) -> str:
+    """Type of a flag that names a module; it is found, not imported."""
+    try:
+        found = importlib.util.find_spec(text)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text} is not a module that can be imported")
+    return text
+
+
+def add_model_flags(parser: Parser, model: str) -> None:
+    """Add the group `Model parameters`; ``model`` is the default of ``--model``."""
+    group = parser.add_argument_group("Model parameters")
+    group.add_argument("--model", default=model, metavar="NAME", help="any timm model name")
+    group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
+    group.add_argument("--pretrained-path", default=None, metavar="FILE", help="what --pretrained loads instead")
+    group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="load this checkpoint after creation")
+    group.add_argument("--resume", default="", metavar="FILE", help="resume from here; auto: from the run folder")
+    group.add_argument("--no-resume-opt", action="store_true", help="leave the optimizer's state out when resuming")
+    group.add_argument("--num-classes", type=COUNT, default=None, help="number of classes, else the data's")
+    group.add_argument("--gp", default=None, metavar="POOL", help="global pool type, else the model's")
+    group.add_argument("--img-size", type=COUNT, default=None, help="image side in pixels, else the model's")
+    group.add_argument("--in-chans", type=Number(kind=int), choices=[1, 3], default=None, help="image channels, else 3")
+    group.add_argument(
+        "--input-size", type=COUNT, nargs=3, default=None, help="channels, height and width in pixels, else the model's"
+    )
+    group.add_argument(
+        "--crop-pct",
+        type=Number(0, 1, ends="(]"),
+        default=None,
+        help="evaluation: crop over resized side, else the model's",
+    )
+    group.add_argument(
+        "--mean",
+        type=SHARE,
+        nargs="+",
+        default=None,
+        help="pixel mean of each channel, or one for all, else the model's",
+    )
+    group.add_argument("--std", type=POSITIVE, nargs="+", default=None, help="standard deviation of pixels, likewise")
+    group.add_argument(
+        "--interpolation",
+        default="",
+        choices=["", *INTERPOLATIONS],
+        metavar="NAME",
+        help=f"evaluation: {', '.join(INTERPOLATIONS)}, else the model's",
+    )
+    group.add_argument("-b", "--batch-size", type=COUNT, default=128, help="(labelled) images per device and batch")
+    group.add_argument(
+        "-vb", "--validation-batch-size", type=COUNT, default=None, help="evaluation: images per batch, else -b"
+    )
+    group.add_argument("--channels-last", action="store_true", help="channels_last memory layout")
+    group.add_argument("--grad-accum-steps", type=COUNT, default=1, help="batches per optimizer step")
+    group.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    group.add_argument(
+        "--model-kwargs",
+        type=assignment,
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="NAME=VALUE",
+        help="model options",
+    )
+    group.add_argument(
+        "--torchcompile",
+        type=Name("a backend of torch.compile", compile_backends),
+        nargs="?",
+        default=None,
+        const="inductor",
+        metavar="BACKEND",
+        help="torch.compile, by inductor if no other is named",
+    )
+    group.add_argument("--torchcompile-mode", default=None, choices=COMPILE_MODES, help="what it is tuned for")
+    parser.checks.append(_check_model)
+
+
+def _check_model(parser: Parser, args: argparse.Namespace) -> None:
+    channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    if channels not in (1, 3):
+        parser.error(f"argument --input-size: wanted 1 or 3 channels, got {channels}")
+    for name in ("mean", "std"):
+        values = getattr(args, name) or [0.0]
+        if len(values) not in (1, channels):
+            wanted = f"one value for each channel ({channels}), or one for all"
+            parser.error(f"argument --{name}: wanted {wanted}, got {spaced(values)}")
+    if args.input_size and (args.in_chans or channels) != channels:
+        parser.error(f"argument --in-chans: got {args.in_chans}, --input-size says {channels}")
+    conditions = {
+        "--pretrained": (args.pretrained, "pretrained_path"),
+        "--resume": (args.resume, "no_resume_opt"),
+        "--torchcompile": (args.torchcompile, "torchcompile_mode"),
+    }
+    parser.refuse_unread(args, conditions)
+
+
+def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` beside the number of classes and ``--model-kwargs``."""
+    img_size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
+    return {
+        "model_name": args.model,
+        "pretrained": args.pretrained,
+        "pretrained_cfg_overlay": {"file": args.pretrained_path} if args.pretrained_path else None,
+        "checkpoint_path": args.initial_checkpoint,
+        "in_chans": args.in_chans or (args.input_size[0] if args.input_size else None),
+        "global_pool": args.gp,
+        "drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+        **({"img_size": img_size} if img_size else {}),
+    }
+
+
+def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> torch.nn.Module:
+    """Create the model that the flags name.
+
+    Args:
+        args: The parsed flags.
+        num_classes: Number of classes.
+        **options: More of the model's arguments, which take the place of ``--model-kwargs``.
+
+    Raises:
+        UserError: If the name is unknown, an option does not suit the model, or weights are missing, damaged or another
+            model's.
+    """
+    flags = ("model", "model_kwargs", "initial_checkpoint", "pretrained_path")
+    given = " ".join(f"{flag(name)} {value}" for name in flags if (value := getattr(args, name)))
+    try:
+        for path in filter(None, (args.initial_checkpoint, args.pretrained_path)):
+            check_weights_file(path)
+        own = {**args.model_kwargs, **options}
+        model: Any = timm.create_model(**model_kwargs(args), num_classes=num_classes, **own)
+    except TypeError as error:  # a bug of the model's, but where the user gave it options
+        if not args.model_kwargs and "unexpected keyword argument" not in str(error):
+            raise
+        raise UserError(f"{given}: {one_line(error)}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{given}: {one_line(error)}") from error
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def add_device_flags(parser: Parser) -> None:
+    """Add the group `Device parameters`."""
+    group = parser.add_argument_group("Device parameters")
+    group.add_argument("--device", default=None, metavar="NAME", help="device; cuda where there is one, else cpu")
+    group.add_argument("--amp", action="store_true", help="automatic mixed precision; the scan stays in float32")
+    group.add_argument("--amp-dtype", default="float16", choices=["float16", "bfloat16"], help="its lower precision")
+    group.add_argument(
+        "--device-modules",
+        type=importable,
+        default=None,
+        nargs="+",
+        metavar="MODULE",
+        help="import these first: modules that bring devices or models",
+    )
+    parser.checks.append(_check_device)
+
+
+def _check_device(parser: Parser, args: argparse.Namespace) -> None:
+    parser.refuse_unread(args, {"--amp": (args.amp, "amp_dtype")})
+    if args.device is None or args.device_modules:  # the modules may bring the device
+        return
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"argument --device: {args.device} is not a device of torch, such as cpu, cuda or cuda:1")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator and accelerator.type == device.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        parser.error(f"argument --device: {args.device} is not here: torch finds {count} devices of type {device.type}")
+
+
+def open_device(args: argparse.Namespace) -> torch.device:
+    """Import ``--device-modules``, join the other processes, and write device and ranks into ``args`` as timm does.
+
+    Raises:
+        UserError: If the device cannot be used.
+    """
+    for module in args.device_modules or []:
+        importlib.import_module(module)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return init_distributed_device(args)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"--device {args.device}: {one_line(error)}") from error
+
+
+def mixed_precision(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[Callable[[], AbstractContextManager], NativeScaler | None]:
+    """Context of a forward pass, and the scaler of the loss where gradients are float16.
+
+    Raises:
+        UserError: For float16 without a GPU.
+    """
+    dtype = getattr(torch, args.amp_dtype)
+    if not args.amp:
+        return nullcontext, None
+    if device.type == "cpu" and dtype is torch.float16:
+        raise UserError("--amp-dtype float16 needs a GPU, whose gradients are scaled: give --amp-dtype bfloat16")
+    scaler = NativeScaler() if device.type == "cuda" and dtype is torch.float16 else None
+    return partial(torch.autocast, device.type, dtype=dtype), scaler
+
+
+def add_ema_flags(parser: Parser) -> None:
+    """Add the group `Model exponential moving average parameters`."""
+    group = parser.add_argument_group("Model exponential moving average parameters")
+    group.add_argument("--model-ema-decay", type=SHARE, default=0.9998, help="largest decay per update")
+    group.add_argument("--model-ema-warmup", action="store_true", help="ramp the decay up")

@@ -1,0 +1,150 @@
+"""Begin a run or go on with one: find its checkpoint, lock its folder, open its log and its checkpoint saver."""
+
+import importlib
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from semivim.runs.checkpoint import RUN_LAYOUT, AtomicCheckpointSaver, load_training_checkpoint
+from semivim.runs.progress import Progress
+from semivim.runs.run_folder import (
+    ARGS,
+    check_unchanged,
+    find_checkpoint,
+    lock_folder,
+    refuse_going_back,
+    refuse_other_run,
+    run_folder,
+)
+from semivim.runs.run_log import RunLog
+from semivim.utils.files import write_text
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run's folder, the ``resume`` flag, and the checkpoint to go on from, None for a new run."""
+
+    folder: Path
+    resume: str
+    path: Path | None
+    checkpoint: dict[str, Any] | None
+
+    @property
+    def continues(self) -> bool:
+        """Whether the checkpoint is one of the folder, not another run's to branch off from."""
+        return self.path is not None and self.path.parent.resolve() == self.folder.resolve()
+
+    def check_unchanged(self, given: Mapping[str, Any], fixed: Mapping[str, str]) -> None:
+        """Refuse values that a resumed run may not change (see ``run_folder.check_unchanged``)."""
+        if self.checkpoint:
+            check_unchanged(vars(self.checkpoint["args"]), given, fixed)
+
+    def check_position(self, progress: Progress) -> None:
+        """Refuse to go back behind the best model of the run; the newest checkpoint has none before it."""
+        if self.path and self.continues and self.resume != "auto":
+            refuse_going_back(self.path, progress.num_epochs)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run: its folder, its log, and its checkpoint saver, which is None on ranks other than 0."""
+
+    folder: Path
+    log: RunLog
+    saver: AtomicCheckpointSaver | None
+
+    def save_recovery(self, progress: Progress) -> None:
+        """Save the state in the middle of an epoch."""
+        if self.saver:
+            self.saver.save_recovery(progress.num_epochs, progress.num_updates)
+
+
+def find_run(output: str, experiment: str, resume: str, name: str) -> FoundRun:
+    """Find a run's folder and read the checkpoint that it goes on from; writes nothing.
+
+    Args:
+        output: Folder of runs, '' for output/train.
+        experiment: Name of the run, '' for one made of the time and ``name``.
+        resume: Checkpoint to resume, 'auto' for the newest of the folder, '' for a new run.
+        name: See ``run_folder``.
+
+    Raises:
+        UserError: If the folder holds another run, or the checkpoint cannot be read.
+    """
+    folder = run_folder(output, experiment, resume, name)
+    path = find_checkpoint(resume, folder)
+    found = FoundRun(folder, resume, path, load_training_checkpoint(path) if path else None)
+    if not found.continues:
+        refuse_other_run(folder)
+    if resume:
+        _logger.info(f"{folder} goes on from {path}" if path else f"{folder} holds nothing to resume: a new run")
+    return found
+
+
+@contextmanager
+def open_run(
+    found: FoundRun,
+    progress: Progress,
+    *,
+    primary: bool,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    total_updates: int,
+    train_columns: Sequence[str],
+    eval_columns: Sequence[str],
+    wandb_project: str | None,
+    log_wandb: bool,
+    export: Callable[[dict[str, Any]], None],
+    **saved: Any,
+) -> Iterator[Run]:
+    """Lock a run's folder until the block ends, write args.yaml, and open log and checkpoint saver.
+
+    Args:
+        found: What :func:`find_run` returned.
+        progress: Where the run stands.
+        primary: This process writes; the others log and save nothing.
+        config: Flags of the run, for args.yaml.
+        sizes: What checkpoints keep beside them for ``check_unchanged``.
+        total_updates: Updates of the whole run.
+        train_columns: See ``RunLog``.
+        eval_columns: See ``RunLog``.
+        wandb_project: Project of Weights & Biases.
+        log_wandb: Send epochs there.
+        export: See ``AtomicCheckpointSaver``.
+        **saved: What checkpoints hold: more arguments of timm's ``CheckpointSaver``.
+
+    Raises:
+        UserError: If the folder cannot be written, or another process uses it or has done so since.
+    """
+    if not primary:
+        yield Run(found.folder, RunLog(None, total_updates, progress.num_updates), None)
+        return
+    with lock_folder(found.folder, found.resume, found.path):
+        write_text(found.folder / ARGS, yaml.safe_dump(dict(config), sort_keys=False))
+        args = Namespace(**config, **sizes, run_layout=RUN_LAYOUT)
+        saver = AtomicCheckpointSaver(found.folder, export, args=args, **saved)
+        if found.checkpoint and found.continues:
+            saver.load_state_dict(found.checkpoint["saver"])
+        if log_wandb:
+            importlib.import_module("wandb").init(project=wandb_project, name=found.folder.name, config=dict(config))
+        log = RunLog(
+            found.folder,
+            total_updates,
+            progress.num_updates,
+            progress.num_epochs,
+            train_columns=train_columns,
+            eval_columns=eval_columns,
+            log_wandb=log_wandb,
+        )
+        try:
+            yield Run(found.folder, log, saver)
+        finally:
+            log.close()

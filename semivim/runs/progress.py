@@ -1,0 +1,73 @@
+"""How far a run has come: what a resumed run needs beside its models and its optimizer."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Progress:
+    """Position of a run, and what it has counted so far.
+
+    Attributes:
+        num_updates: Optimizer steps done, skipped ones included.
+        num_epochs: Epochs finished, with their evaluation; some updates of the next may be done.
+        interval: Sums of the figures of the steps since the last log line.
+        epoch: Sums of the figures of the steps of the unfinished epoch.
+        unreadable: Times each unreadable image was skipped, by its position, over all ranks.
+        schedule: State of the learning rate schedule beyond its position (see ``schedule_state``).
+    """
+
+    num_updates: int = 0
+    num_epochs: int = 0
+    interval: dict[str, Tensor] = field(default_factory=dict)
+    epoch: dict[str, Tensor] = field(default_factory=dict)
+    unreadable: dict[int, int] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        """Count one update and add its figures to the sums, without waiting for the device."""
+        self.num_updates += 1
+        add_up(self.interval, figures)
+        add_up(self.epoch, figures)
+
+    def restart(self, num_epochs: int, updates_per_epoch: int) -> None:
+        """Move to the start of an epoch, where no figures are summed yet."""
+        self.num_epochs, self.num_updates = num_epochs, num_epochs * updates_per_epoch
+        self.interval, self.epoch = {}, {}
+
+    def ramp(self, num_steps: int) -> float:
+        """Share in (0, 1] that the next update has reached of a linear rise over ``num_steps`` updates; 1 for none."""
+        return min(1.0, (self.num_updates + 1) / num_steps) if num_steps else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` restores."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            KeyError: If an entry is missing.
+        """
+        for item in fields(self):
+            setattr(self, item.name, state[item.name])
+
+
+def add_up(sums: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
+    """Add ``figures`` to ``sums``, key by key."""
+    for key, value in figures.items():
+        sums[key] = sums[key] + value if key in sums else value
+
+
+def sum_over_ranks(counts: dict[int, int]) -> dict[int, int]:
+    """Sum counts over all processes, which all have to call this."""
+    if not dist.is_initialized():
+        return dict(counts)
+    parts: list[dict[int, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, counts)
+    return dict(sum((Counter(part) for part in parts), Counter()))

@@ -1,0 +1,86 @@
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import semivim  # noqa: F401
+from semivim.flags import model_flags
+from semivim.flags.data_flags import add_augmentation_flags
+from semivim.flags.parser import Parser
+from semivim.models import vim
+from semivim.utils.user_error import UserError
+
+
+def parse(words):
+    parser = Parser(prog="train", allow_abbrev=False)
+    model_flags.add_model_flags(parser, model="test_vim")
+    model_flags.add_device_flags(parser)
+    model_flags.add_ema_flags(parser)
+    add_augmentation_flags(parser)
+    return parser.parse_args(words.split())
+
+
+def create(words, **options):
+    return model_flags.create_model(parse(words), num_classes=7, **options)
+
+
+def test_model_is_the_one_of_the_flags():
+    model = create("--img-size 48 --in-chans 1 --gp avg --drop 0.1 --drop-path 0.3 --grad-checkpointing")
+    assert (model.num_classes, model.global_pool, model.grad_checkpointing) == (7, "avg", True)
+    assert model(torch.zeros(1, 1, 48, 48)).shape == (1, 7)
+    assert create("--input-size 1 32 64")(torch.zeros(1, 1, 32, 64)).shape == (1, 7)
+    assert create("--model-kwargs depth=2").blocks[1:2] and len(create("--model-kwargs depth=2").blocks) == 2
+    assert len(create("--model-kwargs depth=2", depth=1).blocks) == 1
+    assert create("--channels-last").patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model vim_nonesuch", r"^--model vim_nonesuch: Unknown model"),
+        ("--model-kwargs depth=foo", r"^--model test_vim --model-kwargs \{'depth': 'foo'\}: "),
+        ("--model-kwargs nonesuch=1", r"nonesuch"),
+        ("--model-kwargs num_classes=3", r"multiple values"),
+        ("--gp magic", r"^--model test_vim: global_pool is 'magic'"),
+        ("--initial-checkpoint nowhere.pth", r"--initial-checkpoint nowhere\.pth: .*not a readable torch file"),
+        ("--pretrained --pretrained-path nowhere.safetensors", r"nowhere\.safetensors is not a readable safetensors"),
+        ("--model local-dir:nowhere", r"local-dir:nowhere: "),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(words, message):
+    with pytest.raises(UserError, match=message) as error:
+        create(words)
+    assert "\n" not in str(error.value)
+
+
+def test_options_of_another_method_are_named():
+    with pytest.raises(UserError, match="--model test_vit: .*ssmixup_c"):
+        create("--model test_vit", ssmixup_c="own", ssmixup_layers=None)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError, IndexError, AssertionError])
+def test_a_bug_inside_the_model_is_no_mistake_of_the_users(kind, monkeypatch):
+    def broken(self, *args, **kwargs):
+        raise kind("'Vim' object has no attribute 'typo'")
+
+    monkeypatch.setattr(vim.Vim, "__init__", broken)
+    with pytest.raises(kind) as error:
+        create("")
+    assert not isinstance(error.value, UserError)
+
+
+def test_device_and_precision():
+    args = parse("--device cpu")
+    assert model_flags.open_device(args) == torch.device("cpu")
+    assert (args.rank, args.world_size) == (0, 1)
+    with pytest.raises(UserError, match="--device nonsense: "):
+        model_flags.open_device(parse("--device nonsense"))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert model_flags.mixed_precision(parse(""), cpu) == (nullcontext, None)
+    autocast, scaler = model_flags.mixed_precision(parse("--amp --amp-dtype bfloat16"), cpu)
+    with autocast():
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert scaler is None
+    with pytest.raises(UserError, match="--amp-dtype float16 needs a GPU"):
+        model_flags.mixed_precision(parse("--amp"), cpu)
+    assert model_flags.mixed_precision(parse("--amp --amp-dtype bfloat16"), cuda)[1] is None

@@ -1,0 +1,124 @@
+import types
+
+import pytest
+import torch
+import yaml
+from timm.task import TrainingTask
+
+from semivim.runs.open_run import find_run, open_run
+from semivim.runs.progress import Progress
+from semivim.runs.run_folder import LAST
+from semivim.utils.user_error import UserError
+
+
+class Task(TrainingTask):
+    """A task without labels: a run must need nothing else of one."""
+
+    def __init__(self, progress):
+        super().__init__()
+        self.model, self.progress = torch.nn.Linear(2, 2), progress
+
+    def get_trainable_module(self, ema=False):
+        return None if ema else self.model
+
+    def get_task_state(self, module=None, ema=False):
+        return {} if ema else {"progress": self.progress.state_dict()}
+
+
+def find(folder, resume=""):
+    return find_run(str(folder.parent), folder.name, resume, "name")
+
+
+def opened(found, primary=True, **options):
+    progress = Progress()
+    task = Task(progress)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    defaults = {
+        "primary": primary, "config": {"model": "m", "lr": 0.1}, "sizes": {"images": 8}, "total_updates": 4,
+        "train_columns": ("loss",), "eval_columns": (), "wandb_project": None, "log_wandb": False,
+        "export": lambda metrics: None, "model": task.model, "optimizer": optimizer, "task": task,
+    }  # fmt: skip
+    return progress, open_run(found, progress, **defaults | options)
+
+
+def train(folder, resume="", epochs=1, **options):
+    found = find(folder, resume)
+    progress, context = opened(found, **options)
+    if found.checkpoint:
+        progress.load_state_dict(found.checkpoint["task_state"]["progress"])
+    with context as run:
+        for epoch in range(progress.num_epochs, epochs):
+            progress.add({"loss": torch.tensor(1.0)})
+            progress.num_epochs = epoch + 1
+            run.saver.save_epoch(epoch, {}, "loss")
+    return run
+
+
+def test_new_run_writes_its_flags_and_checkpoints(tmp_path):
+    found = find(tmp_path / "run")
+    assert not found.folder.exists()
+    assert (found.path, found.checkpoint, found.continues) == (None, None, False)
+    run = train(tmp_path / "run")
+    assert yaml.safe_load((run.folder / "args.yaml").read_text()) == {"model": "m", "lr": 0.1}
+    with pytest.raises(UserError, match="holds a run already: add --resume auto"):
+        find(tmp_path / "run")
+
+
+def test_resumed_run_goes_on_with_what_was_saved(tmp_path):
+    train(tmp_path / "run", epochs=2)
+    found = find(tmp_path / "run", "auto")
+    assert found.path.name == LAST
+    assert found.continues
+    assert found.checkpoint["task_state"]["progress"]["num_updates"] == 2
+    found.check_unchanged({"lr": 0.1, "images": 8}, {"lr": "--lr", "images": "--batch-size"})
+    with pytest.raises(UserError, match="--batch-size is 4, but 8 in the run to resume"):
+        found.check_unchanged({"images": 4}, {"images": "--batch-size"})
+    assert len(train(tmp_path / "run", "auto", epochs=3).saver.checkpoint_files) == 3
+
+
+def test_branch_takes_a_checkpoint_and_not_the_history(tmp_path):
+    train(tmp_path / "run", epochs=2)
+    found = find(tmp_path / "branch", str(tmp_path / "run" / LAST))
+    assert not found.continues
+    assert found.checkpoint["epoch"] == 1
+    found.check_position(Progress())
+    assert len(train(tmp_path / "branch", str(tmp_path / "run" / LAST), epochs=3).saver.checkpoint_files) == 1
+
+
+def test_position_behind_the_best_model_is_refused_for_a_named_checkpoint_only(tmp_path):
+    train(tmp_path / "run", epochs=2)
+    (tmp_path / "run" / "best.json").write_text('{"epoch": 1}')
+    named = find(tmp_path / "run", str(tmp_path / "run" / LAST))
+    named.check_position(Progress(num_epochs=2))
+    with pytest.raises(UserError, match="goes back behind the best model"):
+        named.check_position(Progress(num_epochs=1))
+    find(tmp_path / "run", "auto").check_position(Progress(num_epochs=1))
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    progress, context = opened(find(tmp_path / "run"), primary=False)
+    with context as run:
+        run.log.record({"loss": 1.0})
+        run.save_recovery(progress)
+    assert run.saver is None
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_folder_is_locked_while_the_run_is_open(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr("fcntl.lockf", lambda file, flags: taken.append(file))
+    _, context = opened(find(tmp_path / "run"))
+    with context:
+        assert not taken[0].closed
+    assert taken[0].closed
+
+
+def test_weights_and_biases_gets_the_flags(tmp_path, monkeypatch):
+    module = types.ModuleType("wandb")
+    module.init = lambda **options: seen.append(options)
+    seen = []
+    monkeypatch.setitem(__import__("sys").modules, "wandb", module)
+    _, context = opened(find(tmp_path / "run"), log_wandb=True, wandb_project="p")
+    with context:
+        assert seen == [{"project": "p", "name": "run", "config": {"model": "m", "lr": 0.1}}]
