@@ -15,6 +15,7 @@ import yaml
 import train_ssl
 from semivim.data import UnreadableImageError
 from semivim.runs.checkpoint import AtomicCheckpointSaver
+from semivim.runs.run_folder import find_checkpoint
 from tests.training import ROOT, TINY, assert_same_run, refused, run
 
 
@@ -80,23 +81,29 @@ def test_kill_before_the_checkpoint_of_an_evaluated_epoch_repeats_its_evaluation
     assert report(folder) == report(whole)
 
 
-def test_run_killed_in_the_middle_of_an_epoch_continues(whole, tmp_path):
+KILL_POINTS = ["recovery-0-1", "recovery-0-3", "last", "recovery-1-4", "recovery-1-6"]  # the third evaluates epoch 0
+
+
+@pytest.mark.slow
+def test_run_killed_again_and_again_ends_as_the_unbroken_one(whole, tmp_path):
+    """SIGKILL as soon as a file appears: after an update, while evaluating, and while an epoch is saved."""
     folder = tmp_path / "killed"
     flags = [*TINY, "--output", str(tmp_path), "--experiment", "killed", "--recovery-interval", "1", "--resume", "auto"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, "train_ssl.py", *flags], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("recovery-0-2*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    updates = [
-        torch.load(f, weights_only=False)["task_state"]["progress"]["num_updates"]
-        for f in folder.glob("recovery-*.tar")
-    ]
-    assert max(updates) >= 2
+    reached = []
+    for point in KILL_POINTS:
+        command = [sys.executable, "train_ssl.py", *flags]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (folder / f"{point}.pth.tar").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, point
+        newest = find_checkpoint("auto", folder)
+        reached.append(torch.load(newest, weights_only=False)["task_state"]["progress"]["num_updates"])
+    assert reached == sorted(reached)
+    assert reached[0] >= 1
+    assert reached[-1] == 6
     train_ssl.main(flags)
     assert_same_run(folder, whole)
     assert report(folder) == report(whole)
