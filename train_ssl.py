@@ -79,9 +79,9 @@ from semivim.flags.train_flags import (
     clip_kwargs,
     create_optimizer,
 )
-from semivim.runs.checkpoint import restore, save_best, schedule_state
+from semivim.runs.checkpoint import save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
-from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
+from semivim.runs.optimizer_step import SkippedSteps, mean_lr, optimizer_step, update_seed
 from semivim.runs.progress import Progress, sum_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, LAST, METRICS, WEIGHTS
@@ -105,7 +105,6 @@ PANELS = (
     Panel("alpha", ("alpha",)),
     Panel("V and guard rate", ("v", "guard_rate"), "symlog"),
 )
-MAX_SKIPPED_STEPS = 20  # in a row, before a run that only meets non-finite gradients is stopped
 
 # What `python train_ssl.py` runs: every value can be overridden on the command line.
 DEMO: dict[str, Any] = {
@@ -257,9 +256,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     task.setup_ema(**teacher_kwargs(args))
 
     # Resume
-    if found.checkpoint:
-        restore(found.checkpoint, found.path, task, None if args.no_resume_opt else optimizer, scheduler, scaler)
-        found.check_position(progress)
+    found.restore(progress, task, None if args.no_resume_opt else optimizer, scheduler, scaler)
     if args.start_epoch is not None:
         progress.restart(args.start_epoch, epoch_updates)
     task.trainable_module_ema.attach(optimizer, model)
@@ -318,7 +315,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
         scheduler.step_update(progress.num_updates)
     elif progress.num_epochs:  # plateau would take epoch 0 for warm-up
         scheduler.step(progress.num_epochs)
-    skipped_in_a_row = 0
+    skipped = SkippedSteps(found.folder / LAST)
     student, teacher = dict[str, Any](), dict[str, Any]()
     for epoch in range(progress.num_epochs, epochs):
         task.train()
@@ -329,12 +326,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
             # All randomness of an update comes from its number, so a resumed run draws what the unbroken one would.
             random_seed(update_seed(args.seed, progress.num_updates, args.rank))
             step = optimizer_step(task, batches, forward, optimizer, autocast=autocast, scaler=scaler, clip=clip)
-            skipped_in_a_row = 0 if step.taken else skipped_in_a_row + 1
-            if skipped_in_a_row > MAX_SKIPPED_STEPS:
-                raise UserError(
-                    f"gradients were not finite in {skipped_in_a_row} steps in a row at update {progress.num_updates}: "
-                    f"lower --lr, set --clip-grad, or turn --amp off; resume from {found.folder / LAST}"
-                )
+            skipped.count(step.taken, progress.num_updates)
             progress.add(step.figures)
             task.update_ema(step=progress.num_updates)
             if args.sched_on_updates:

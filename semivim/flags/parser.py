@@ -140,7 +140,7 @@ class Parser(argparse.ArgumentParser):
         """All flags, those of subcommands included."""
         flags = [option for action in self._actions for option in action.option_strings]
         for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
+            if isinstance(action.choices, dict):  # subcommands
                 flags += [option for command in action.choices.values() for option in command._option_strings()]
         return flags
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from semivim.hub.model_folder import read_config, read_mapping, short
 from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, SUMMARY, WEIGHTS
@@ -190,15 +191,9 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
     Returns:
         Markdown with the Hub's YAML head.
     """
-    architecture, args, split = run.config["architecture"], run.args, run.metrics["split"]
+    architecture, split = run.config["architecture"], run.metrics["split"]
     terms = f"{license_id}, for the weights." if license_id else "None is stated for the weights: ask their publisher."
-    head = {
-        **({"license": license_id} if license_id else {}),
-        "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "timm", "semivim", "vision-mamba", "semi-supervised-learning"],
-    }
-    _, local = public_args(args)
+    args, local = public_args(run.args)
     command = " ".join(["python train_ssl.py -c args.yaml", *(f"--{_flag(key)} {key.upper()}" for key in local)])
     data = args.get("dataset") or "a folder of images"
     best = run.metrics["best"]
@@ -207,11 +202,19 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
     images = f"{split['num_labelled']} labelled images"
     if args.get("ssl_method") != "supervised":
         images += f" and {split['num_unlabelled']} unlabelled ones"
-    return f"""\
+    head = ModelCardData(
+        license=license_id,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "semivim", "vision-mamba", "semi-supervised-learning"],
+        model_name=repo_id.split("/")[-1],
+        eval_results=_eval_results(best, data),
+    )
+    text = f"""\
 ---
-{yaml.safe_dump(head, sort_keys=False).strip()}
+{head.to_yaml()}
 ---
-# {repo_id.split("/")[-1]}
+# {head.model_name}
 
 `{architecture}` for {run.config["num_classes"]} classes, trained on {images}. \
 The weights are the teacher's at its best epoch, {best["epoch"]} of 0 to {run.epochs - 1}.
@@ -277,6 +280,24 @@ each class). It has not been tested on other data, and not for decisions about p
 }}
 ```
 """
+    return str(ModelCard(text))
+
+
+def _eval_results(best: dict[str, Any], data: str) -> list[EvalResult]:
+    """Metrics of the published weights, as the Hub shows them."""
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=data if "/" in data else "image-folder",
+            dataset_name=data,
+            dataset_split="validation",
+            metric_type="accuracy" if key == "top1" else key,
+            metric_name=title,
+            metric_value=best[key],
+        )
+        for key, title in _METRICS.items()
+        if best.get(key) is not None
+    ]
 
 
 def _is_local(key: str, value: Any) -> bool:

@@ -117,7 +117,7 @@ def restore(
     Args:
         checkpoint: As :class:`~semivim.runs.checkpoint.AtomicCheckpointSaver` wrote it.
         path: Where it was read.
-        task: Gets student, teacher and position.
+        task: Gets its model, the average of it where it has one, and the run's progress.
         optimizer: Gets its state; None leaves optimizer, schedule and scaler as they are new.
         scheduler: Gets its state, where it has one.
         scaler: Of the gradients, if they are scaled.
@@ -127,7 +127,8 @@ def restore(
     """
     try:
         task.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
-        task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint["task_state_ema"], ema=True)
+        if task.has_ema():
+            task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
         if optimizer is not None:
             optimizer.load_state_dict(checkpoint["optimizer"])
             load_schedule_state(scheduler, checkpoint["task_state"]["progress"]["schedule"])

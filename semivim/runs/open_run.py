@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
+from timm.utils import NativeScaler
 
-from semivim.runs.checkpoint import RUN_LAYOUT, AtomicCheckpointSaver, load_training_checkpoint
+from semivim.runs.checkpoint import RUN_LAYOUT, AtomicCheckpointSaver, load_training_checkpoint, restore
 from semivim.runs.progress import Progress
 from semivim.runs.run_folder import (
     ARGS,
@@ -47,10 +51,23 @@ class FoundRun:
         if self.checkpoint:
             check_unchanged(vars(self.checkpoint["args"]), given, fixed)
 
-    def check_position(self, progress: Progress) -> None:
-        """Refuse to go back behind the best model of the run; the newest checkpoint has none before it."""
-        if self.path and self.continues and self.resume != "auto":
-            refuse_going_back(self.path, progress.num_epochs)
+    def restore(
+        self,
+        progress: Progress,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer | None,
+        scheduler: Scheduler,
+        scaler: NativeScaler | None,
+    ) -> None:
+        """Put everything back to where the checkpoint was written (see ``checkpoint.restore``); nothing for a new run.
+
+        Raises:
+            UserError: If the checkpoint is another model's, or lies behind the best model of its run.
+        """
+        if self.path and self.checkpoint:
+            restore(self.checkpoint, self.path, task, optimizer, scheduler, scaler)
+            if self.continues and self.resume != "auto":  # the newest has no best model after it
+                refuse_going_back(self.path, progress.num_epochs)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import Tensor
 
 from semivim.runs.progress import add_up
+from semivim.utils.user_error import UserError
 
 Batch = TypeVar("Batch")
 
@@ -72,6 +74,36 @@ def optimizer_step(
     optimizer.zero_grad()
     sums |= {"batches": torch.tensor(float(len(batches))), "skipped": torch.tensor(float(not taken))}
     return StepResult(taken, sums)
+
+
+class SkippedSteps:
+    """Ends a run that meets nothing but gradients that are not finite.
+
+    Args:
+        last: Checkpoint to resume from, for the error.
+        limit: Steps in a row that may be skipped.
+    """
+
+    def __init__(self, last: Path, limit: int = 20) -> None:
+        self.last, self.limit = last, limit
+        self.in_a_row = 0
+
+    def count(self, taken: bool, update: int) -> None:
+        """Count a step.
+
+        Args:
+            taken: See :class:`StepResult`.
+            update: Updates before it.
+
+        Raises:
+            UserError: If too many in a row were skipped.
+        """
+        self.in_a_row = 0 if taken else self.in_a_row + 1
+        if self.in_a_row > self.limit:
+            raise UserError(
+                f"gradients were not finite in {self.in_a_row} steps in a row at update {update}: "
+                f"lower --lr, set --clip-grad, or turn --amp off; resume from {self.last}"
+            )
 
 
 def update_seed(seed: int, update: int, rank: int) -> int:

@@ -139,3 +139,17 @@ def test_signature_of_an_address_stays_secret() -> None:
         "result = _address('https://bucket.example/file?X-Amz-Signature=secret')"
     )
     assert shared_client().run(code).result == "https://bucket.example/file"
+
+
+def test_private_name_of_huggingface_hub_exists() -> None:
+    """`hub_session` reads the client factory that `set_client_factory` replaces; the library has no reader of it."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    previous = _http._GLOBAL_CLIENT_FACTORY
+    assert callable(previous)
+    try:
+        set_client_factory(other := lambda: previous())
+        assert _http._GLOBAL_CLIENT_FACTORY is other
+    finally:
+        set_client_factory(previous)

@@ -27,6 +27,24 @@ def test_head_is_what_the_hub_reads(card: str) -> None:
     assert "semi-supervised-learning" in data.tags
 
 
+def test_hub_shows_the_metrics_of_the_published_weights(card: str) -> None:
+    data = ModelCard(card).data
+    assert data.model_name == "ants"
+    (result,) = data.eval_results  # the run's best epoch has top-1 only
+    assert (result.task_type, result.metric_type, result.metric_value) == ("image-classification", "accuracy", 63.0)
+    assert (result.dataset_name, result.dataset_split) == ("a folder of images", "validation")
+
+
+def test_a_data_set_with_a_place_of_the_machine_is_not_named(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    for dataset, shown in (("hfds//home/me/set", "a folder of images"), ("torch/cifar10", "torch/cifar10")):
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump({"dataset": dataset}))
+        card = model_card(read_run(tmp_path), "org/ants", "", "1.2.3", None)
+        assert "/home" not in card
+        assert f"- data: {shown}\n" in card
+        assert ModelCard(card).data.eval_results[0].dataset_name == shown
+
+
 def test_data_split_recipe_and_seed(card: str) -> None:
     for text in ("split sha256: " + "ab" * 32, "split num labelled: 20", "seed: 7", "lr: 0.001", "ssl method: lyapema"):
         assert f"- {text}" in card

@@ -24,32 +24,40 @@ class Task(TrainingTask):
     def get_task_state(self, module=None, ema=False):
         return {} if ema else {"progress": self.progress.state_dict()}
 
+    def load_task_state(self, state, strict=True, module=None, ema=False):
+        self.progress.load_state_dict(state["progress"])
+
 
 def find(folder, resume=""):
     return find_run(str(folder.parent), folder.name, resume, "name")
 
 
-def opened(found, primary=True, **options):
+def make():
     progress = Progress()
     task = Task(progress)
-    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    return progress, task, torch.optim.SGD(task.parameters(), lr=0.1)
+
+
+def opened(found, parts=None, primary=True, **options):
+    progress, task, optimizer = parts or make()
     defaults = {
         "primary": primary, "config": {"model": "m", "lr": 0.1}, "sizes": {"images": 8}, "total_updates": 4,
         "train_columns": ("loss",), "eval_columns": (), "wandb_project": None, "log_wandb": False,
         "export": lambda metrics: None, "model": task.model, "optimizer": optimizer, "task": task,
     }  # fmt: skip
-    return progress, open_run(found, progress, **defaults | options)
+    return open_run(found, progress, **defaults | options)
 
 
 def train(folder, resume="", epochs=1, **options):
-    found = find(folder, resume)
-    progress, context = opened(found, **options)
-    if found.checkpoint:
-        progress.load_state_dict(found.checkpoint["task_state"]["progress"])
-    with context as run:
+    found, parts = find(folder, resume), make()
+    progress, task, optimizer = parts
+    found.restore(progress, task, optimizer, None, None)
+    with opened(found, parts, **options) as run:
         for epoch in range(progress.num_epochs, epochs):
             progress.add({"loss": torch.tensor(1.0)})
             progress.num_epochs = epoch + 1
+            with torch.no_grad():
+                task.model.weight.fill_(epoch)
             run.saver.save_epoch(epoch, {}, "loss")
     return run
 
@@ -58,6 +66,7 @@ def test_new_run_writes_its_flags_and_checkpoints(tmp_path):
     found = find(tmp_path / "run")
     assert not found.folder.exists()
     assert (found.path, found.checkpoint, found.continues) == (None, None, False)
+    found.restore(*make(), None, None)
     run = train(tmp_path / "run")
     assert yaml.safe_load((run.folder / "args.yaml").read_text()) == {"model": "m", "lr": 0.1}
     with pytest.raises(UserError, match="holds a run already: add --resume auto"):
@@ -69,7 +78,10 @@ def test_resumed_run_goes_on_with_what_was_saved(tmp_path):
     found = find(tmp_path / "run", "auto")
     assert found.path.name == LAST
     assert found.continues
-    assert found.checkpoint["task_state"]["progress"]["num_updates"] == 2
+    progress, task, optimizer = make()
+    found.restore(progress, task, optimizer, None, None)
+    assert (progress.num_updates, progress.num_epochs) == (2, 2)
+    assert (task.model.weight == 1).all()
     found.check_unchanged({"lr": 0.1, "images": 8}, {"lr": "--lr", "images": "--batch-size"})
     with pytest.raises(UserError, match="--batch-size is 4, but 8 in the run to resume"):
         found.check_unchanged({"images": 4}, {"images": "--batch-size"})
@@ -81,25 +93,24 @@ def test_branch_takes_a_checkpoint_and_not_the_history(tmp_path):
     found = find(tmp_path / "branch", str(tmp_path / "run" / LAST))
     assert not found.continues
     assert found.checkpoint["epoch"] == 1
-    found.check_position(Progress())
     assert len(train(tmp_path / "branch", str(tmp_path / "run" / LAST), epochs=3).saver.checkpoint_files) == 1
 
 
 def test_position_behind_the_best_model_is_refused_for_a_named_checkpoint_only(tmp_path):
     train(tmp_path / "run", epochs=2)
     (tmp_path / "run" / "best.json").write_text('{"epoch": 1}')
-    named = find(tmp_path / "run", str(tmp_path / "run" / LAST))
-    named.check_position(Progress(num_epochs=2))
+    named, newest = (find(tmp_path / "run", resume) for resume in (str(tmp_path / "run" / LAST), "auto"))
+    named.restore(*make(), None, None)
+    (tmp_path / "run" / "best.json").write_text('{"epoch": 2}')
+    newest.restore(*make(), None, None)
     with pytest.raises(UserError, match="goes back behind the best model"):
-        named.check_position(Progress(num_epochs=1))
-    find(tmp_path / "run", "auto").check_position(Progress(num_epochs=1))
+        named.restore(*make(), None, None)
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    progress, context = opened(find(tmp_path / "run"), primary=False)
-    with context as run:
+    with opened(find(tmp_path / "run"), primary=False) as run:
         run.log.record({"loss": 1.0})
-        run.save_recovery(progress)
+        run.save_recovery(Progress())
     assert run.saver is None
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
@@ -108,7 +119,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 def test_folder_is_locked_while_the_run_is_open(tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr("fcntl.lockf", lambda file, flags: taken.append(file))
-    _, context = opened(find(tmp_path / "run"))
+    context = opened(find(tmp_path / "run"))
     with context:
         assert not taken[0].closed
     assert taken[0].closed
@@ -119,6 +130,6 @@ def test_weights_and_biases_gets_the_flags(tmp_path, monkeypatch):
     module.init = lambda **options: seen.append(options)
     seen = []
     monkeypatch.setitem(__import__("sys").modules, "wandb", module)
-    _, context = opened(find(tmp_path / "run"), log_wandb=True, wandb_project="p")
+    context = opened(find(tmp_path / "run"), log_wandb=True, wandb_project="p")
     with context:
         assert seen == [{"project": "p", "name": "run", "config": {"model": "m", "lr": 0.1}}]

@@ -5,7 +5,8 @@ import torch
 from timm.task import TrainingTask
 from torch import nn
 
-from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
+from semivim.runs.optimizer_step import SkippedSteps, mean_lr, optimizer_step, update_seed
+from semivim.utils.user_error import UserError
 
 OFF = {"clip_grad": None, "clip_mode": "norm"}
 
@@ -96,6 +97,14 @@ def test_forward_runs_under_autocast_and_backward_does_not():
     task.trainable_module.weight.register_hook(lambda _: seen.append("backward"))
     step(task, optimizer, [batch(1)], autocast=Context)
     assert seen == ["in", "forward", "out", "backward"]
+
+
+def test_steps_skipped_in_a_row_end_the_run():
+    skipped = SkippedSteps("run/last.pth.tar", limit=2)
+    for update, taken in enumerate([False, False, True, False, False]):
+        skipped.count(taken, update)
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row at update 5.* from run/last\.pth\.tar"):
+        skipped.count(False, 5)
 
 
 def test_no_two_ranks_share_random_numbers():
