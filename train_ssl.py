@@ -211,7 +211,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return train(args, stack)
 
 
-def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+# C901, PLR0915: a script is read from top to bottom
+def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa: C901, PLR0915
     """Set up data, student, teacher and optimizer, train, evaluate and report; ``stack`` ends with the run."""
     found = find_run(args.output, args.experiment, args.resume, f"{args.model}-{args.ssl_method}")
     config = {k: v for k, v in vars(args).items() if k != "resume"}
@@ -259,7 +260,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     found.restore(progress, task, None if args.no_resume_opt else optimizer, scheduler, scaler)
     if args.start_epoch is not None:
         progress.restart(args.start_epoch, epoch_updates)
-    task.trainable_module_ema.attach(optimizer, model)
+    if args.ssl_method == "lyapema":
+        task.trainable_module_ema.attach(optimizer, model)
     if args.torchcompile:
         task.compile(args.torchcompile, args.torchcompile_mode)
     if args.distributed:
@@ -328,7 +330,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
             step = optimizer_step(task, batches, forward, optimizer, autocast=autocast, scaler=scaler, clip=clip)
             skipped.count(step.taken, progress.num_updates)
             progress.add(step.figures)
-            task.update_ema(step=progress.num_updates)
+            if step.taken:
+                task.update_ema(step=progress.num_updates)
             if args.sched_on_updates:
                 scheduler.step_update(progress.num_updates)
             log.step((1 + ratio) * per_update)

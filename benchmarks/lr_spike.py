@@ -99,7 +99,8 @@ def run(
     for _ in range(burnin_steps):
         step(supervised)
     ema = task.setup_ema(**ema_args)
-    ema.attach(optimizer, model)
+    if method == "lyapema":
+        ema.attach(optimizer, model)
     trace = Trace([], [], [], [])
     guarded = 0
     for i in range(calm_steps + SPIKE_STEPS + after_steps + 1):
@@ -115,7 +116,7 @@ def run(
             group["lr"] = factor * lr * group.get("lr_scale", 1.0)
         step(task)
         task.update_ema(i + 1)
-        guarded += task.lyap_stats.violated
+        guarded += task.lyap_stats is not None and task.lyap_stats.violated
     return trace
 
 

@@ -65,10 +65,9 @@ def main() -> None:
     place(far)()
     assert guarded.update(student).violated
     place(near)()
-    calm = {mode: semivim.LyapEmaV3(student, mode=mode) for mode in ("ema", "default", "paper_stable")}
+    calm = {mode: semivim.LyapEmaV3(student, mode=mode) for mode in ("default", "paper_stable")}
     updates = {
         "ModelEmaV3": (place(near), lambda: plain.update(student)),
-        "LyapEmaV3 ema": (place(near), lambda: calm["ema"].update(student)),
         "LyapEmaV3 default, calm": (place(near), lambda: calm["default"].update(student)),
         "LyapEmaV3 paper_stable, calm": (place(near), lambda: calm["paper_stable"].update(student)),
         "LyapEmaV3 default, guard at work": (place(far), lambda: guarded.update(student)),

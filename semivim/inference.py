@@ -1,4 +1,4 @@
-"""Top-k labels of image files, seen as evaluation sees them."""
+"""Top-k labels of image files, prepared as evaluation prepares them."""
 
 import difflib
 import os

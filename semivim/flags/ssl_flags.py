@@ -69,8 +69,7 @@ def add_semi_supervised_flags(parser: Parser) -> None:
     group.add_argument("--strong-reprob", type=SHARE, default=0.25, help="random erasing, strong view")
 
     group = parser.add_argument_group("LyapEMA")
-    modes = [mode for mode in PRESETS if mode != "ema"]
-    group.add_argument("--lyap-mode", default="default", choices=modes, help="preset")
+    group.add_argument("--lyap-mode", default="default", choices=list(PRESETS), help="preset")
     group.add_argument("--lyap-min-decay", type=SHARE, default=None, help="least decay, else the mode's")
     group.add_argument(
         "--lyap-gamma", type=NON_NEGATIVE, default=None, help="sensitivity of the decay, else the mode's"

@@ -1,4 +1,4 @@
-"""Publish a training run to the Hugging Face Hub, and do not say done before it has been downloaded again."""
+"""Publish a training run to the Hugging Face Hub, and check it by downloading it again."""
 
 import json
 import logging

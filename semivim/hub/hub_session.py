@@ -1,4 +1,4 @@
-"""Talk to the Hugging Face Hub within bounded time, and say in one line what went wrong."""
+"""Requests to the Hugging Face Hub that take bounded time, and fail with one line."""
 
 import hashlib
 import re

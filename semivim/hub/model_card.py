@@ -15,7 +15,7 @@ from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, SUMMARY, WEIG
 from semivim.utils.user_error import UserError, one_line
 
 RUN_FILES = (WEIGHTS, CONFIG, ARGS, METRICS, SUMMARY, CURVES)
-# where a run was written or resumed from is no part of how to repeat it
+# Flags that say where a run was written or resumed from: they are no part of how to repeat it.
 _PLACE_FLAGS = ("output", "experiment", "resume")
 _RECIPE_FLAGS = (
     "ssl_method",
@@ -46,7 +46,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "best": ("epoch",),
     "split": (*_SPLIT, "labels_per_class"),
 }
-# a value of these is a file or folder of the reader's own
+# Endings of flags whose value is a file or folder.
 _PATH_FLAGS = ("_dir", "_list", "_path", "_map", "_checkpoint")
 _METRICS = {
     "top1": "top-1 (%)",

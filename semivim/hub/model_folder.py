@@ -1,4 +1,4 @@
-"""Folders with ``config.json`` and ``model.safetensors``, as a run leaves them and as the Hub gives them."""
+"""Load the model of a folder that holds timm's config and weights, of a run or from the Hub."""
 
 import json
 from collections.abc import Callable

@@ -5,14 +5,15 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 from timm.task import TrainingTask
-from timm.utils import unwrap_model
+from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from semivim.data.ssmixup import mix_inputs, mix_probabilistic, mix_targets, mixing_weight, pair_retained
 from semivim.loss.pseudo_label import confidence_and_pseudo, keep_mask, labelled_loss, unlabelled_loss
 from semivim.runs.progress import Progress
-from semivim.utils.lyap_ema import LyapEmaV3, LyapStats
+from semivim.utils.lyap_ema import LyapEmaV3
+from semivim.utils.lyapunov import LyapStats
 
 METHODS = ("supervised", "fixmatch", "ema-teacher", "lyapema")
 PSEUDO_MIXUPS = ("none", "prob", "ss")
@@ -38,13 +39,17 @@ class SemiSupervisedTask(TrainingTask):
         ssmixup_nu: Control coefficient ``nu`` of the hidden-state mix.
         progress: Position of the run, which checkpoints hold as part of the task's state; a new one if None.
 
+    Attributes:
+        alpha: Decay of the teacher's last update, None before the first.
+        lyap_stats: What that update did, with ``lyapema`` only.
+
     Raises:
         ValueError: For a method, mixup or range that does not exist.
 
     Source: Semi-ViM Eq. (12)-(21).
     """
 
-    trainable_module_ema: LyapEmaV3  # the teacher; there after setup_ema()
+    trainable_module_ema: ModelEmaV3  # the teacher; there after setup_ema()
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class SemiSupervisedTask(TrainingTask):
         self.smoothing = smoothing
         self.ssmixup_nu = ssmixup_nu
         self.progress = progress or Progress()
+        self.alpha: float | None = None
         self.lyap_stats: LyapStats | None = None
 
     def forward(
@@ -176,24 +182,26 @@ class SemiSupervisedTask(TrainingTask):
         use_warmup: bool | None = None,
         device: torch.device | None = None,
         **kwargs: Any,
-    ) -> LyapEmaV3:
-        """Create the teacher, a copy of the student; arguments as :class:`LyapEmaV3`, None takes its mode's value.
+    ) -> ModelEmaV3:
+        """Create the teacher, a copy of the student: a ``LyapEmaV3`` for ``lyapema``, else timm's plain ``ModelEmaV3``.
 
-        Every method but ``lyapema`` uses mode ``ema``, which is timm's ``ModelEmaV3``.
+        Arguments are those of either; None takes its default.
         """
-        if self.method != "lyapema":
-            kwargs["mode"] = "ema"
-        ema = LyapEmaV3(
-            unwrap_model(self.trainable_module), decay=decay, use_warmup=use_warmup, device=device, **kwargs
-        )
+        given = {"decay": decay, "use_warmup": use_warmup, "device": device}
+        options = kwargs | {name: value for name, value in given.items() if value is not None}
+        average = LyapEmaV3 if self.method == "lyapema" else ModelEmaV3
+        ema = average(unwrap_model(self.trainable_module), **options)
         ema.module.requires_grad_(False)
         self.trainable_module_ema = ema
         return ema
 
     def update_ema(self, step: int | None = None) -> None:
-        """Move the teacher after an optimizer step; ``lyap_stats`` holds what happened."""
-        if self.has_ema():
-            self.lyap_stats = self.trainable_module_ema.update(unwrap_model(self.trainable_module), step=step)
+        """Move the teacher after an optimizer step that was taken."""
+        if not self.has_ema():
+            return
+        stats = self.trainable_module_ema.update(unwrap_model(self.trainable_module), step=step)
+        self.lyap_stats = stats if isinstance(stats, LyapStats) else None
+        self.alpha = stats.alpha if isinstance(stats, LyapStats) else self.trainable_module_ema.get_decay(step)
 
     def train(self, mode: bool = True) -> "SemiSupervisedTask":
         """Set the student's mode; the teacher stays in eval mode."""
@@ -216,25 +224,28 @@ class SemiSupervisedTask(TrainingTask):
         self.eval_model = self.trainable_module
         return self.trainable_module
 
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+    # ARG002: timm passes its hooks more than this task reads
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:  # noqa: ARG002
         """The run's progress and the teacher's last update; of the teacher (``ema``) its Lyapunov scalars."""
         if ema:
-            return self.trainable_module_ema.lyap_state_dict() if self.has_ema() else {}
+            average = self.trainable_module_ema
+            return average.lyap_state_dict() if isinstance(average, LyapEmaV3) else {}
         stats = self.lyap_stats._asdict() if self.lyap_stats else None
-        return {"progress": self.progress.state_dict(), "lyap_stats": stats}
+        return {"progress": self.progress.state_dict(), "alpha": self.alpha, "lyap_stats": stats}
 
     def load_task_state(
         self,
         state: dict[str, Any] | None,
-        strict: bool = True,
-        module: nn.Module | None = None,
+        strict: bool = True,  # noqa: ARG002
+        module: nn.Module | None = None,  # noqa: ARG002
         ema: bool = False,
     ) -> None:
         """Restore what :meth:`get_task_state` returned; None leaves everything as it is."""
         if state is None:
             return
         if ema:
-            self.trainable_module_ema.load_lyap_state_dict(state)
+            cast(LyapEmaV3, self.trainable_module_ema).load_lyap_state_dict(state)
         else:
             self.progress.load_state_dict(state["progress"])
+            self.alpha = state["alpha"]
             self.lyap_stats = LyapStats(**state["lyap_stats"]) if state["lyap_stats"] else None

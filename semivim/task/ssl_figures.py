@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from semivim.task.semi_supervised import SemiSupervisedTask
+from semivim.utils.lyap_ema import LyapEmaV3
 
 LOSSES = ("loss_labelled", "loss_unlabelled")
 
@@ -50,11 +51,10 @@ def interval_means(sums: Mapping[str, Tensor]) -> dict[str, float]:
 
 def teacher_figures(task: SemiSupervisedTask) -> dict[str, float]:
     """What the teacher's last update did; {} before the first."""
-    stats = task.lyap_stats
-    if stats is None:
+    if task.alpha is None:
         return {}
-    figures = {"alpha": stats.alpha}
-    if task.method == "lyapema":
+    figures, stats, average = {"alpha": task.alpha}, task.lyap_stats, task.trainable_module_ema
+    if stats is not None and isinstance(average, LyapEmaV3):
         figures.update(v=stats.v, distance=stats.distance / max(stats.teacher_norm, 1e-12))
-        figures.update(guard_rate=task.trainable_module_ema.guard_rate, lr_scale=stats.lr_scale)
+        figures.update(guard_rate=average.guard_rate, lr_scale=stats.lr_scale)
     return figures

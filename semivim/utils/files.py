@@ -1,4 +1,4 @@
-"""Files a run may not lose: written beside their place, flushed, then renamed over it."""
+"""Files written whole or not at all, and files read without trusting them."""
 
 import os
 import struct
@@ -18,7 +18,7 @@ from semivim.utils.user_error import UserError, one_line
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path whose file replaces ``path`` when the block ends, or vanishes if the block raises.
+    """Yield a temporary path whose file replaces ``path`` when the block ends, or vanishes if the block raises.
 
     A reader sees the old file or the whole new one, also after a power cut: file and folder are flushed to disk.
     """

@@ -10,16 +10,26 @@ import logging
 import math
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
 
+from semivim.utils.lyap_literal import literal_step
+from semivim.utils.lyapunov import (
+    LyapStats,
+    Pairs,
+    adaptive_decay,
+    lyapunov_bound,
+    lyapunov_value,
+    projection_factor,
+)
+
 _logger = logging.getLogger(__name__)
 
-V_DECREASE = 1e-3  # outside the ball V must lose this share at every step
 REF_MOMENTUM = 0.99  # running mean of d, over about 100 steps
 GUARD_WINDOW = 1000  # steps of the running guard rate
 GUARD_ALARM = 0.2
@@ -31,62 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {"decay": 0.9999, "min_decay": 0.99, "use_warmup": True, "gamma": 3.0, "v_radius": 0.2},
     "paper_stable": {"gamma": 50.0, "v_radius": 0.1},
     "literal": {"gamma": 1.0, "pull": 0.01, "pull_step": 0.01},
-    "ema": {"decay": 0.9999, "min_decay": 0.0, "use_warmup": False},
 }
 _STATE = ("v", "ref", "pull", "lr_scale", "guard_rate")
-
-
-class LyapStats(NamedTuple):
-    """What one update did; plain numbers, nan where the mode does not measure them.
-
-    ``alpha`` is the decay used, ``v`` and ``v_prev`` are V_t and V_{t-1}, ``bound`` is what V was held to, ``distance``
-    is d, ``teacher_norm`` the norm of the teacher's weights, ``pull`` is lambda (in the projecting modes the one that
-    the projection amounts to, 1/c - 1), ``lr_scale`` is the product of the halvings of mode ``literal``, ``violated``
-    says that V failed its test, ``skipped`` that student and teacher were left alone.
-    """
-
-    alpha: float
-    v: float
-    v_prev: float
-    bound: float
-    distance: float
-    teacher_norm: float
-    pull: float
-    lr_scale: float
-    violated: bool
-    skipped: bool
-
-
-class Pairs(NamedTuple):
-    """Trainable parameters of student and teacher in order, and those of the teacher that are weights."""
-
-    student: list[torch.Tensor]
-    teacher: list[torch.Tensor]
-    weights: list[torch.Tensor]
-
-
-def adaptive_decay(distance: float, gamma: float, min_decay: float, decay: float) -> float:
-    """Decay min_decay + (decay - min_decay) (2 sigmoid(gamma distance) - 1); Eq. (9) when they are 0.5 and 1."""
-    return min_decay + (decay - min_decay) * math.tanh(0.5 * gamma * distance)
-
-
-def lyapunov_value(alpha: float, distance: float) -> float:
-    """V_t = 0.5 (alpha d)^2, which is 0.5 ||S_t - T_t||^2 of Eq. (6)."""
-    return 0.5 * (alpha * distance) ** 2
-
-
-def lyapunov_bound(v_prev: float, teacher_norm: float, radius: float) -> float:
-    """Largest V allowed: free inside a ball of ``radius`` times the norm of the teacher's weights, else falling."""
-    return max((1.0 - V_DECREASE) * v_prev, 0.5 * (radius * teacher_norm) ** 2)
-
-
-def projection_factor(bound: float, alpha: float, distance: float) -> float:
-    """The c for which V = bound if S = T + c (u - T) and alpha is kept.
-
-    As alpha does not grow when the distance shrinks, V <= bound holds with the alpha of the shorter distance too. It is
-    Algorithm 1's "increase lambda and recompute" in closed form, with lambda = 1/c - 1.
-    """
-    return math.sqrt(2.0 * bound) / (alpha * distance)
 
 
 class LyapEmaV3(ModelEmaV3):
@@ -106,11 +62,11 @@ class LyapEmaV3(ModelEmaV3):
                    warm-up's cap; guard at v_radius 0.2. Runs under 5,000 updates: decay 0.999, min_decay 0.9.
     paper_stable   Eq. (9) on d over the norm of the teacher's weights, gamma 50; guard at v_radius 0.1.
     literal        Algorithm 1 as printed: Eq. (9) on d, explicit pull of Eq. (8), one recomputation with half the
-                   learning rate and lambda + pull_step when V does not fall. For study; needs :meth:`attach`.
-    ema            ModelEmaV3 to the bit, its copy of the student at ``step=1`` included.
+                   learning rate and lambda + pull_step when V does not fall (``lyap_literal.py``). For study; needs
+                   :meth:`attach`.
     ============== ===================================================================================================
 
-    Differences from ModelEmaV3 in the first three modes: ``update`` edits the *student* where the guard asks for it;
+    Differences from ModelEmaV3: ``update`` edits the *student* where the guard asks for it;
     the first update does not copy the student unless ``update_after_step > 0``; the warm-up caps alpha and may push it
     below ``min_decay`` (turn it off for a teacher that starts better than the student); the teacher lives on the
     student's device. Distance and guard act on parameters that require gradients, all else is averaged or copied as
@@ -126,13 +82,13 @@ class LyapEmaV3(ModelEmaV3):
         use_warmup: Cap alpha by ``1 - (1 + step / warmup_gamma) ** -warmup_power``.
         warmup_gamma: As in ModelEmaV3.
         warmup_power: As in ModelEmaV3.
-        device: As in ModelEmaV3; another than the student's only in mode ``ema``.
+        device: The student's.
         dtype: As in ModelEmaV3.
         stochastic_rounding: As in ModelEmaV3.
         stochastic_rounding_seed: As in ModelEmaV3.
         foreach: As in ModelEmaV3.
         exclude_buffers: As in ModelEmaV3.
-        mode: ``default``, ``paper_stable``, ``literal`` or ``ema``.
+        mode: ``default``, ``paper_stable`` or ``literal``.
         gamma: Sensitivity of alpha to the distance.
         v_radius: Radius of the ball in which V is free, relative to the norm of the teacher's weights.
         pull: Initial lambda of mode ``literal``.
@@ -145,7 +101,7 @@ class LyapEmaV3(ModelEmaV3):
     Source: Semi-ViM Algorithm 1, Eqs. (5)-(11); the trust region is ours.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  ModelEmaV3's arguments and ours
         self,
         model: nn.Module,
         decay: float | None = None,
@@ -181,8 +137,8 @@ class LyapEmaV3(ModelEmaV3):
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
         student_device = next(model.parameters()).device
-        if mode != "ema" and device is not None and torch.empty(0, device=device).device != student_device:
-            raise ValueError(f"device must be the student's ({student_device}) in mode {mode!r}, got {device}")
+        if device is not None and torch.empty(0, device=device).device != student_device:
+            raise ValueError(f"device must be the student's ({student_device}), got {device}")
         super().__init__(
             model,
             decay=options["decay"],
@@ -201,7 +157,7 @@ class LyapEmaV3(ModelEmaV3):
         self.mode = mode
         self._is_weight = _weights(unwrap_model(model))
         trainable = [p.requires_grad for p in model.parameters()]
-        if mode != "ema" and not any(a and b for a, b in zip(self._is_weight, trainable, strict=True)):
+        if not any(a and b for a, b in zip(self._is_weight, trainable, strict=True)):
             raise ValueError("model has no trainable weight of two or more dimensions that weight decay may act on")
         self.gamma = options["gamma"]
         self.v_radius = options["v_radius"]
@@ -243,8 +199,6 @@ class LyapEmaV3(ModelEmaV3):
 
     def get_decay(self, step: int | None = None) -> float:
         """Largest alpha at ``step``: ``decay``, or the warm-up's cap, which never starts at 0."""
-        if self.mode == "ema":
-            return super().get_decay(step)
         if step is None:
             return self.decay
         step = max(1, step - self.update_after_step)
@@ -269,9 +223,6 @@ class LyapEmaV3(ModelEmaV3):
         if self._optimizer is not None and not self._stepped:
             return self._unchanged()
         self._stepped = False
-        if self.mode == "ema":
-            super().update(model, step)
-            return self._unchanged()._replace(alpha=self.get_decay(step), skipped=False)
         triples = zip(model.parameters(), self.module.parameters(), self._is_weight, strict=True)
         pairs = Pairs([], [], [])
         for s, t, is_weight in triples:
@@ -347,34 +298,32 @@ class LyapEmaV3(ModelEmaV3):
         )
 
     def _literal(self, pairs: Pairs, cap: float) -> LyapStats:
-        """Algorithm 1 as printed, recomputing once; the optimizer's displacement is linear in the learning rate."""
+        """Move the student as Algorithm 1 as printed does, and halve the learning rate where it says so."""
         if self._optimizer is None:
             raise RuntimeError("mode 'literal' needs attach(optimizer, model) before training")
-        after, v_prev, shrink = [s.clone() for s in pairs.student], self.v, 1.0
-        distance, norm = self._place(pairs, after, shrink)
-        alpha = self._alpha(distance, norm, cap)
-        violated = lyapunov_value(alpha, distance) >= v_prev
-        if violated:
-            shrink = 0.5
-            self.pull += self.pull_step
-            distance, norm = self._place(pairs, after, shrink)
-            alpha = self._alpha(distance, norm, cap)
-        if not (math.isfinite(distance) and math.isfinite(norm)):
-            torch._foreach_copy_(pairs.student, after)
-            self.pull -= self.pull_step * violated
-            return self._nonfinite(distance, norm)
-        self.lr_scale *= shrink
+        step = literal_step(
+            pairs, self._before, partial(self._measure, pairs), partial(self._alpha, cap=cap), self.v,
+            pull=self.pull, pull_step=self.pull_step,
+        )  # fmt: skip
+        if step is None:
+            return self._nonfinite(*self._measure(pairs))
+        self.pull = step.pull
+        self.lr_scale *= step.lr_factor
         for group in self._optimizer.param_groups:
-            group["lr"] *= shrink
-            group["lr_scale"] = group.get("lr_scale", 1.0) * shrink
-        v = lyapunov_value(alpha, distance)
-        return LyapStats(alpha, v, v_prev, v_prev, distance, norm, self.pull, self.lr_scale, violated, False)
-
-    def _place(self, pairs: Pairs, after: list[torch.Tensor], shrink: float) -> tuple[float, float]:
-        """Write Eq. (8) with the right-hand side at t-1, the step scaled by ``shrink``; measure the result."""
-        for s, s0, u, t in zip(pairs.student, self._before, after, pairs.teacher, strict=True):
-            s.copy_(s0 + shrink * (u - s0) + self.pull * (t - s0))
-        return self._measure(pairs)
+            group["lr"] *= step.lr_factor
+            group["lr_scale"] = group.get("lr_scale", 1.0) * step.lr_factor
+        return LyapStats(
+            alpha=step.alpha,
+            v=lyapunov_value(step.alpha, step.distance),
+            v_prev=self.v,
+            bound=self.v,
+            distance=step.distance,
+            teacher_norm=step.teacher_norm,
+            pull=step.pull,
+            lr_scale=self.lr_scale,
+            violated=step.violated,
+            skipped=False,
+        )
 
     def _measure(self, pairs: Pairs) -> tuple[float, float]:
         """||student - teacher|| and the norm of the teacher's weights, with one host sync, equal on all ranks."""
@@ -473,7 +422,7 @@ def _resolve(mode: str, **given: float | bool | None) -> dict[str, Any]:
     # Eq. (9) is the range from 0.5 to 1.
     neutral = {"decay": 1.0, "min_decay": 0.5, "use_warmup": False, "gamma": 0.0, "v_radius": 0.0, "pull": 0.0}
     options = neutral | {"pull_step": 0.0} | PRESETS[mode] | {k: v for k, v in given.items() if v is not None}
-    if mode != "ema" and not 0.0 <= options["min_decay"] <= options["decay"] <= 1.0:
+    if not 0.0 <= options["min_decay"] <= options["decay"] <= 1.0:
         raise ValueError(
             f"min_decay and decay must satisfy 0 <= min_decay <= decay <= 1, got {options['min_decay']} and "
             f"{options['decay']} in mode {mode!r}"

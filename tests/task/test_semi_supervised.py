@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import semivim
@@ -208,3 +209,24 @@ def test_gradients_reach_every_parameter_of_a_real_vim_under_ssmixup():
     task(image, torch.tensor([0, 1]), weak, strong)["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert semivim.LyapEmaV3 is type(task.trainable_module_ema)
+
+
+@pytest.mark.parametrize("method", ["supervised", "fixmatch", "ema-teacher"])
+def test_other_methods_keep_timms_plain_average(method):
+    task = make(method)
+    ema = task.setup_ema(decay=0.9)
+    assert type(ema) is ModelEmaV3
+    reference = ModelEmaV3(task.trainable_module, decay=0.9)
+    for step in range(1, 4):
+        with torch.no_grad():
+            task.trainable_module.linear.weight.add_(0.1)
+        task.update_ema(step)
+        reference.update(task.trainable_module, step)
+    assert torch.equal(ema.module.linear.weight, reference.module.linear.weight)
+    assert (task.alpha, task.lyap_stats) == (0.9, None)
+    other = make(method)
+    other.setup_ema(decay=0.9)
+    student, teacher = task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)
+    assert "task_state_ema" not in teacher
+    other.load_checkpoint_state(student["state_dict"], student["task_state"])
+    assert other.alpha == 0.9

@@ -6,7 +6,8 @@ import math
 import torch
 from torch import nn
 
-from semivim.utils.lyap_ema import LyapEmaV3, LyapStats
+from semivim.utils.lyap_ema import LyapEmaV3
+from semivim.utils.lyapunov import LyapStats
 
 PROJECTING = ("default", "paper_stable")
 
