@@ -86,13 +86,13 @@ def scan_inputs(b: int, l: int, d: int, n: int) -> list[Tensor]:
     return [x.requires_grad_() for x in tensors]
 
 
-def block_inputs(b: int, l: int, d: int, n: int) -> list[Tensor]:
-    """Operands of the bidirectional scan, strided as a block's projections leave them."""
+def block_inputs(b: int, l: int, d: int, n: int, step: float = -4.0) -> list[Tensor]:
+    """Operands of the bidirectional scan, strided as a block's projections leave them; `step` is before softplus."""
     rows = [torch.randn(b, l, d) for _ in range(4)]
     weights = [torch.randn(b, l, 2 * n + d // 32)[..., d // 32 :] for _ in range(2)]
     gate = torch.randn(b, l, 2 * d)[..., d:]
     A = [-torch.arange(1.0, n + 1).repeat(d, 1) for _ in range(2)]
-    tensors = *rows, *weights, gate, *A, *(torch.ones(d) for _ in range(2)), *(torch.full((d,), -4.0) for _ in range(2))
+    tensors = *rows, *weights, gate, *A, *(torch.ones(d) for _ in range(2)), *(torch.full((d,), step) for _ in range(2))
     return [x.requires_grad_() for x in tensors]
 
 
@@ -106,9 +106,11 @@ def both_convs(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(causal_conv(x, [(weights[0], weights[1]), (weights[2], weights[3])], [False, True]))
 
 
-def both_passes(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor]) -> Callable[[], object]:
+def both_passes(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor], grad: float = 1.0
+) -> Callable[[], object]:
     out = function(*inputs)
-    grads = [torch.ones_like(o) for o in (out if isinstance(out, tuple) else [out])]
+    grads = [torch.full_like(o, grad) for o in (out if isinstance(out, tuple) else [out])]
 
     def call() -> object:
         out = function(*inputs)
@@ -205,6 +207,12 @@ def stages(shape: tuple[int, int, int, int], repeats: int, limits: Limits) -> fl
         least = [max(m * tensor / limits.bandwidth, e / limits.exps) for m, e in zip(moved, exponentials, strict=True)]
         print(f"{name:24}{forward * 1e3:9.2f} ms{least[0] * 1e3:9.2f}{total * 1e3:9.2f} ms{least[1] * 1e3:9.2f}")
         result = result or forward / (b * l)
+        if function is both_scans:
+            # States that die out within a token or two, and gradients as small as a real step's: nothing may be slower.
+            dying = block_inputs(*shape, step=3.0)
+            forward = least_s(forward_only(function, dying), repeats)
+            total = least_s(both_passes(function, dying, grad=1e-8), repeats)
+            print(f"{'the same, dying states':24}{forward * 1e3:9.2f} ms{'':9}{total * 1e3:9.2f} ms")
     rank = d // 32
     for name, times, product, fan_in, fan_out in (
         ("in_proj", 1, linear, d // 2, 2 * d),

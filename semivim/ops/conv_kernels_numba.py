@@ -6,6 +6,7 @@ tokens once: it keeps the gradients of the last k sums in a ring and recomputes 
 biases are summed over tokens per image, then over images in their order.
 """
 
+from .subnormals_numba import flush_subnormals, restore_float_mode
 from .vector_numba import (
     LANES,
     SOURCE,
@@ -83,6 +84,7 @@ def _sum(kind, call, x, token, lanes, weights, back):
 def forward(kind, calls, packed, begin, end):
     """Run the tasks of a range."""
     call = calls[0]
+    mode = flush_subnormals()
     for task in range(begin, end):
         image, block = task // call.blocks, task % call.blocks
         _pack_weights(call, block, packed)
@@ -99,6 +101,7 @@ def forward(kind, calls, packed, begin, end):
                 if call.u_b:
                     s = _sum(kind, call, x, token, lanes, weights + (call.taps + 1) * BLOCK * 4, True)
                     store_lanes(kind, call.u_b + out, lanes, s * sigmoid(s))
+    restore_float_mode(mode)
 
 
 @compiled
@@ -153,6 +156,7 @@ def _backward_token(kind, call, image, c, now, weights, ring):
 def backward(kind, calls, scratch, begin, end):
     """Run the tasks of a range."""
     call = calls[0]
+    mode = flush_subnormals()
     rings = scratch + 2 * (call.taps + 1) * BLOCK * 4
     for task in range(begin, end):
         image, block = task // call.blocks, task % call.blocks
@@ -170,12 +174,14 @@ def backward(kind, calls, scratch, begin, end):
                 if c < call.channels:
                     weights = scratch + group * WIDTH
                     _backward_token(kind, call, image, c, now, weights, rings + 2 * call.ring * group * WIDTH)
+    restore_float_mode(mode)
 
 
 @compiled
 def sum_images(calls):
     """Write the gradients of weights and biases: the sums over images, in their order."""
     call = calls[0]
+    mode = flush_subnormals()
     for direction in range(2):
         dweight, dbias = call.dweight, call.dbias
         if direction == 1:
@@ -189,3 +195,4 @@ def sum_images(calls):
                         total = total + load_float(call.sums + (row * call.lanes + channel) * 4)
                     at = dbias + channel * 4 if j == call.taps else dweight + (channel * call.taps + j) * 4
                     store_float(at, total)
+    restore_float_mode(mode)

@@ -20,6 +20,7 @@ from .scan_kernels_numba import (
     ungated_share,
     weight,
 )
+from .subnormals_numba import flush_subnormals, restore_float_mode
 from .vector_numba import (
     FLOAT32,
     LANES,
@@ -275,6 +276,7 @@ def _differentiate_gate(kind, call, place):
 def backward(kind, calls, sides, places, begin, end):
     """Run the tasks of a range; dA, dD and dbias are zero before."""
     call, place = calls[0], places[0]
+    mode = flush_subnormals()
     for task in range(begin, end):
         enter_task(call, place, task)
         for direction in range(call.directions):
@@ -295,12 +297,14 @@ def backward(kind, calls, sides, places, begin, end):
                     _finish_backward(kind, call, side, place)
                     if call.z:
                         _differentiate_gate(kind, call, place)
+    restore_float_mode(mode)
 
 
 @compiled
 def sum_blocks(kind, calls, sides, begin, end):
     """Gradients of B and C of a range of images: the sums over blocks of channels, in their order."""
     call = calls[0]
+    mode = flush_subnormals()
     wide = QUAD * call.quads * 4
     for image in range(begin, end):
         for direction in range(call.directions):
@@ -317,3 +321,4 @@ def sum_blocks(kind, calls, sides, begin, end):
                         dC = dC + load_lanes(FLOAT32, at + wide, lanes)
                     store_lanes(kind, side.dB + out + j * call.size, lanes, dB)
                     store_lanes(kind, side.dC + out + j * call.size, lanes, dC)
+    restore_float_mode(mode)

@@ -10,6 +10,7 @@ direction is a negative stride. Rows of a block lie far apart, so each vector of
 import numpy as np
 
 from .scan_reference import CHUNK
+from .subnormals_numba import flush_subnormals, restore_float_mode
 from .vector_numba import (
     FLOAT32,
     LANES,
@@ -255,6 +256,7 @@ def _forward_group(kind, call, side, place):
 def forward(kind, calls, sides, places, begin, end):
     """Run the tasks of a range."""
     call, place = calls[0], places[0]
+    mode = flush_subnormals()
     for task in range(begin, end):
         enter_task(call, place, task)
         for direction in range(call.directions):
@@ -268,3 +270,4 @@ def forward(kind, calls, sides, places, begin, end):
                 for group in range(num_groups(call, place)):
                     enter_group(call, place, group)
                     _forward_group(kind, call, side, place)
+    restore_float_mode(mode)
