@@ -46,7 +46,7 @@ class _Launch:
         self.kept: list[Tensor] = []
         self.u, self.n = sides[0].u, sides[0].A.shape[1]
         self.images, tokens, channels = self.u.shape
-        self.quads = -(-self.n // kernels.QUAD)
+        self.padded = -(-self.n // kernels.TOGETHER) * kernels.TOGETHER
         self.lanes = -(-channels // LANES) * LANES
         self.call = np.zeros(1, kernels.CALL)
         self.sides = np.zeros(len(sides), kernels.DIRECTION)
@@ -57,7 +57,7 @@ class _Launch:
             ("lanes", self.lanes),
             ("blocks", blocks),
             ("n", self.n),
-            ("quads", self.quads),
+            ("padded", self.padded),
             ("directions", len(sides)),
             ("softplus", softplus),
             ("size", self.dtype.itemsize),
@@ -67,8 +67,8 @@ class _Launch:
         for row, side in zip(self.sides, sides, strict=True):
             for name in ("u", "delta", "B", "C"):
                 self._describe(row, name, getattr(side, name))
-            for name in ("D", "bias", "leak"):
-                self._address(row, name, _dense(getattr(side, name)))
+            for name, field in (("D", "D"), ("bias", "bias"), ("leak", "mix")):
+                self._address(row, field, _dense(getattr(side, name)))
             self._address(row, "A", self._transpose(side.A))
             row["reverse"] = side.reverse
         if z is not None:
@@ -86,7 +86,7 @@ class _Launch:
         row[f"{name}_token"] = x.stride(1) * x.itemsize
 
     def _transpose(self, A: Tensor) -> Tensor:
-        padded = A.new_zeros(self.quads * kernels.QUAD, self.lanes, dtype=torch.float32)
+        padded = A.new_zeros(self.padded, self.lanes, dtype=torch.float32)
         padded[: self.n, : A.shape[0]] = A.t().float() * LOG2_E
         return padded
 
@@ -97,10 +97,12 @@ class _Launch:
         self._address(row, name, x)
         return x
 
-    def run(self, kernel, count: int, scratch: dict[str, int]) -> None:  # type: ignore[no-untyped-def]
+    def run(self, kernel, scratch_of) -> None:  # type: ignore[no-untyped-def]
         """Run a kernel's tasks, each thread with its own scratch."""
+        blocks = int(self.call["blocks"][0])
 
         def run_range(begin: int, end: int) -> None:
+            scratch = scratch_of(min(blocks, end - begin), self.padded)
             place = np.zeros(1, kernels.PLACE)
             memory, address = aligned_scratch(sum(scratch.values()))
             for field, size in scratch.items():
@@ -109,15 +111,20 @@ class _Launch:
             kernel(self.kind, self.call, self.sides, place, begin, end)
             del memory
 
-        run_tasks(run_range, count)
+        run_tasks(run_range, self.images * blocks)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         call, (_, tokens, channels) = self.call[0], self.u.shape
         chunks = -(-tokens // kernels.CHUNK)
         out = self.new(call, "out", *self.u.shape)
         states = self.new(call, "states", self.images, len(self.sides), chunks, self.n, channels, dtype=torch.float32)
-        scratch = kernels.forward_scratch(tokens, self.quads, len(self.sides))
-        self.run(kernels.forward, self.images * int(call["blocks"]), scratch)
+        if len(self.sides) > 1:
+            self._address(
+                call, "total", out if self.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
+            )
+            if self.sides["mix"].any():
+                self.new(call, "mixed", *self.u.shape, dtype=torch.float32)
+        self.run(kernels.forward, kernels.forward_scratch)
         return out.to(self.u.dtype), states
 
     def backward(self, grad: Tensor, states: Tensor) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
@@ -126,9 +133,9 @@ class _Launch:
         wide = torch.float32
         self._describe(call, "grad", grad)
         self._address(call, "states", states.contiguous())
-        quads, blocks = self.quads * kernels.QUAD, int(call["blocks"])
-        self.new(call, "dBC", self.images, blocks, directions, tokens, 2, quads, dtype=wide)
-        dA = self.new(call, "dA", self.images, directions, quads, self.lanes, dtype=wide, zero=True)
+        padded, blocks = self.padded, int(call["blocks"])
+        self.new(call, "dBC", self.images, blocks, directions, tokens, 2, padded, dtype=wide)
+        dA = self.new(call, "dA", self.images, directions, padded, self.lanes, dtype=wide, zero=True)
         dD = self.new(call, "dD", self.images, directions, self.lanes, dtype=wide, zero=True)
         dbias = self.new(call, "dbias", self.images, directions, self.lanes, dtype=wide, zero=True)
         dz = self.new(call, "dz", *self.u.shape) if call["z"] else None
@@ -139,8 +146,11 @@ class _Launch:
             row["dC"] = row["dB"] + self.n * self.dtype.itemsize
             row["dBC_token"] = 2 * self.n * self.dtype.itemsize
             gradients.append(of_side)
-        scratch = adjoint.backward_scratch(tokens, self.quads, directions)
-        self.run(adjoint.backward, self.images * blocks, scratch)
+        if dz is not None and directions > 1:
+            self._address(
+                call, "total", dz if self.dtype == torch.float32 else torch.empty(dz.shape, dtype=torch.float32)
+            )
+        self.run(adjoint.backward, adjoint.backward_scratch)
         run_tasks(lambda begin, end: adjoint.sum_blocks(self.kind, self.call, self.sides, begin, end), self.images)
         for k, of_side in enumerate(gradients):
             of_side["A"] = dA[:, k, : self.n, :channels].sum(0).t().contiguous()

@@ -7,17 +7,14 @@ from tests.ops.scan_cases import bidirectional_inputs, bidirectional_scan
 
 
 @pytest.mark.parametrize("scratch", (kernels.forward_scratch, backward_scratch))
-@pytest.mark.parametrize("directions", (1, 2))
-def test_scratch_fields_are_whole_vectors_and_known(scratch, directions):
-    for tokens in (1, 64, 197):
-        sizes = scratch(tokens, 4, directions)
-        assert set(sizes) <= set(kernels.PLACE.names)
-        assert all(size % kernels.WIDTH == 0 for size in sizes.values())
-
-
-def test_scratch_of_a_chunk_does_not_grow_with_tokens():
-    for scratch in (kernels.forward_scratch, backward_scratch):
-        assert scratch(100, 4, 1) == scratch(10_000, 4, 1)
+@pytest.mark.parametrize("blocks", (1, 6))
+def test_scratch_fields_are_whole_vectors_and_known(scratch, blocks):
+    sizes = scratch(blocks, 16)
+    assert set(sizes) <= set(kernels.PLACE.names)
+    assert all(size % kernels.WIDTH == 0 for size in sizes.values())
+    # What grows with the strip is one state per channel, so that a chunk stays in the second cache.
+    assert sizes["h"] == blocks * kernels.BLOCK * 16 * 4
+    assert {**sizes, "h": 0} == {**scratch(1, 16), "h": 0}
 
 
 def test_channels_do_not_share_anything_but_weights_of_tokens():
