@@ -10,6 +10,8 @@ rate of a large matrix product, each measured in the same run.
 """
 
 import argparse
+import ctypes
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,6 +26,13 @@ from semivim.ops import Direction, scan_numba, selective_scan, vector_numba
 from semivim.ops.causal_conv import causal_conv
 from semivim.ops.linear import linear
 from semivim.ops.scan import scan
+
+
+def keep_memory() -> None:
+    """Let this process keep what it frees, as one that trains does: else each result's first touch is timed too."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest value
 
 
 def least_s(call: Callable[[], object], repeats: int) -> float:
@@ -100,6 +109,11 @@ def both_scans(*operands: Tensor) -> Tensor:
     """Both directions as Vim's mixer scans them; operands as `block_inputs` gives them."""
     f, g = (Direction(*operands[k:6:2], *operands[7 + k :: 2], reverse=bool(k)) for k in (0, 1))
     return scan([f, g], operands[6], None, 0.5)
+
+
+def pair_of_scans(*operands: Tensor) -> Tensor:
+    """The same without a gate."""
+    return scan([Direction(*operands[k::2], reverse=bool(k)) for k in (0, 1)])
 
 
 def both_convs(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -230,12 +244,29 @@ def stages(shape: tuple[int, int, int, int], repeats: int, limits: Limits) -> fl
     return result
 
 
+def one_state(shape: tuple[int, int, int, int], repeats: int, limits: Limits) -> None:
+    """Print what one state per channel takes beside four, without a gate, as VMamba scans a pair of directions."""
+    b, l, d, _ = shape
+    tensor = b * l * d * 4
+    # Tensors of b l d moved: read u and delta of both directions, write, read and write the sum; the backward reads
+    # those four twice and the gradient, and writes four.
+    limit = [moved * tensor / limits.bandwidth for moved in (7, 20)]
+    print(f"\nscan of a pair without gate, b {b}, l {l}, d {d}, float32")
+    print(f"{'':24}{'forward':>12}{'limit':>9}{'+ backward':>12}{'limit':>9}")
+    for n in (1, 4):
+        operands = block_inputs(b, l, d, n)
+        operands.pop(6)
+        forward, total = (least_s(call(pair_of_scans, operands), repeats) for call in (forward_only, both_passes))
+        print(f"{f'n {n}':24}{forward * 1e3:9.2f} ms{limit[0] * 1e3:9.2f}{total * 1e3:9.2f} ms{limit[1] * 1e3:9.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=int, nargs=4, default=(8, 197, 384, 16), metavar=("b", "l", "d", "n"))
     parser.add_argument("--stages", action="store_true", help="only the stages of a block, without the slow peers")
     parser.add_argument("--repeats", type=int, default=20, help="calls timed for the fast kernels")
     args = parser.parse_args()
+    keep_memory()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     assert scan_numba.unavailable(torch.device("cpu")) is None
@@ -248,6 +279,7 @@ def main() -> None:
         compare(shape, args.repeats)
     short = stages(shape, args.repeats, limits)
     long = stages((1, 6085, *shape[2:]), max(3, args.repeats // 3), limits)
+    one_state((2, 3136, shape[2], 1), args.repeats, limits)
     print(f"\nscans, forward, ns a token: {short * 1e9:.0f} at l {shape[1]}, {long * 1e9:.0f} at l 6085", end="")
     print(f": {long / short:.2f} times (goal 1.15)")
 

@@ -139,7 +139,7 @@ def _adjoint_states(a_at, a_state, g, dA, decays, states, bc, row, dt, entering,
 def _prepare_backward(kind, call, side, place, scratch):
     """Step sizes and read-out gradients of one vector of channels over one chunk; asks for the next block's rows."""
     lanes, step = place.lanes, place.step
-    bias, share, zero, scale = weight(side.bias, place), ungated_share(side, place), splat(0.0), splat(call.scale)
+    bias, share, zero, scale = weight(side.delta_bias, place), ungated_share(call, place), splat(0.0), splat(call.scale)
     u, u_step = rows(side.u, side.u_image, side.u_token, place, call.size), step * side.u_token
     delta = rows(side.delta, side.delta_image, side.delta_token, place, call.size)
     delta_step = step * side.delta_token
@@ -205,8 +205,8 @@ def _backward_states(call, side, place, first, end, s):
         a_at = side.A + s * a_state + 4 * place.c
         _recompute_states(a_at, a_state, place.decays, place.states, bc, row, dt, entering, y, count)
         g = place.h + (vector * call.padded + s) * WIDTH
-        sums = (place.image * call.directions + place.direction) * call.padded + s
-        dA = call.dA + sums * a_state + 4 * place.c
+        of_states = (place.image * call.directions + place.direction) * call.padded + s
+        dA = call.dA + of_states * a_state + 4 * place.c
         ddt, dinput = place.ddt + at, place.dinput + at
         _adjoint_states(
             a_at, a_state, g, dA, place.decays, place.states, bc, row, dt, entering, dy, ddt, dinput, place.dbc, count
@@ -214,7 +214,7 @@ def _backward_states(call, side, place, first, end, s):
     block = place.image * call.blocks + place.first_block + place.block
     token = (block * call.directions + place.direction) * call.tokens + place.first
     for k in range(count):
-        out = call.dBC + (token + k * place.step) * 2 * row + 4 * s
+        out = call.sums + (token + k * place.step) * 2 * row + 4 * s
         v = place.dbc + k * 8 * WIDTH
         store_sums(out, load(v), load(v + WIDTH), load(v + 2 * WIDTH), load(v + 3 * WIDTH))
         v += 4 * WIDTH
@@ -246,26 +246,30 @@ def _finish_backward(kind, call, side, place, scratch):
 
 
 @compiled
+def write_gate_gradient(kind, call, place, lanes, total, total_at, z, grad, dz):
+    """Add a direction's gated sums to those before it; write dz with the last one's."""
+    if place.direction > 0:
+        total = total + load_lanes(FLOAT32, total_at, lanes)
+    if place.direction + 1 == call.directions:
+        gate = load_lanes(kind, z, lanes)
+        s, one = sigmoid(gate), splat(1.0)
+        slope = s * (one + gate * (one - s))
+        store_lanes(kind, dz, lanes, splat(call.scale) * load_lanes(kind, grad, lanes) * slope * total)
+    else:
+        store_lanes(FLOAT32, total_at, lanes, total)
+
+
+@compiled
 def _differentiate_gate(kind, call, place, y):
     """Add a direction's sums of a vector of channels over a chunk; write dz with the last one's."""
-    lanes, step, one = place.lanes, place.step, splat(1.0)
+    lanes, step = place.lanes, place.step
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), step * call.z_token
     grad = rows(call.grad, call.grad_image, call.grad_token, place, call.size)
-    grad_step, scale = step * call.grad_token, splat(call.scale)
+    grad_step = step * call.grad_token
     dz, dz_step = dense_rows(call, call.dz, place, call.size), step * call.channels * call.size
     total_at, total_step = dense_rows(call, call.total, place, 4), step * call.channels * 4
-    first, last = place.direction == 0, place.direction + 1 == call.directions
     for _ in range(place.count):
-        total = load(y)
-        if not first:
-            total = total + load_lanes(FLOAT32, total_at, lanes)
-        if last:
-            gate = load_lanes(kind, z, lanes)
-            s = sigmoid(gate)
-            slope = s * (one + gate * (one - s))
-            store_lanes(kind, dz, lanes, scale * load_lanes(kind, grad, lanes) * slope * total)
-        else:
-            store_lanes(FLOAT32, total_at, lanes, total)
+        write_gate_gradient(kind, call, place, lanes, load(y), total_at, z, grad, dz)
         y += WIDTH
         z += z_step
         grad += grad_step
@@ -321,15 +325,15 @@ def sum_blocks(kind, calls, sides, begin, end):
         for direction in range(call.directions):
             side = sides[direction]
             for token in range(call.tokens):
-                out = (image * call.tokens + token) * side.dBC_token
+                out = side.dbc + (image * call.tokens + token) * 2 * call.n * call.size
                 for j in range(0, call.n, LANES):
                     lanes = min(LANES, call.n - j)
                     dB, dC = splat(0.0), splat(0.0)
                     for block in range(call.blocks):
                         of = ((image * call.blocks + block) * call.directions + direction) * call.tokens + token
-                        at = call.dBC + of * 2 * row + 4 * j
+                        at = call.sums + of * 2 * row + 4 * j
                         dB = dB + load_lanes(FLOAT32, at, lanes)
                         dC = dC + load_lanes(FLOAT32, at + row, lanes)
-                    store_lanes(kind, side.dB + out + j * call.size, lanes, dB)
-                    store_lanes(kind, side.dC + out + j * call.size, lanes, dC)
+                    store_lanes(kind, out + j * call.size, lanes, dB)
+                    store_lanes(kind, out + (call.n + j) * call.size, lanes, dC)
     restore_float_mode(mode)

@@ -10,7 +10,6 @@ strides come in records, so no tensor is copied, and a reversed direction is a n
 
 import numpy as np
 
-from .scan_reference import CHUNK
 from .subnormals_numba import flush_subnormals, restore_float_mode
 from .vector_numba import (
     FLOAT32,
@@ -32,31 +31,37 @@ from .vector_numba import (
     store_lanes,
 )
 
+CHUNK = 64  # tokens between two stored states, from which the backward recomputes those in between
 VECTORS = 4  # of channels in a block
 BLOCK = VECTORS * LANES
 TOGETHER = 4  # states that run over a chunk together
 
-# One direction: operands with strides in bytes, 0 for an absent one, and gradients. A is transposed to (n, d), padded
-# with zeros to whole vectors and to a multiple of TOGETHER states, and holds log2(e) A.
+# One direction: addresses of operands, their strides in bytes, and of contiguous gradients. A is transposed to (n, d),
+# padded with zeros to whole vectors and to `padded` states, and holds log2(e) A.
 DIRECTION = record(
-    *(f"{tensor}{part}" for tensor in ("u", "delta", "B", "C") for part in ("", "_image", "_token")),
-    *("A", "D", "bias", "mix", "reverse", "du", "ddelta", "dB", "dC", "dBC_token"),
+    *(f"{tensor}{part}" for tensor in ("u", "delta", "bc") for part in ("", "_image", "_token")),
+    *("A", "D", "delta_bias", "reverse", "du", "ddelta", "dbc"),
 )
-# What all directions share. `padded`: n rounded up to a multiple of TOGETHER. `total` and `mixed`: float32 (b, l, d),
-# what the directions before the last one add to the gated and to the ungated sum. dBC, dA, dD, dbias: float32 partial
-# sums per image, dBC also per block.
+# What all directions share; z and mix are 0 where absent. `total` and `mixed`: float32 (b, l, d), what the directions
+# before the last one add to the gated and to the ungated sum. `sums`: float32 sums of the gradients of bc over each
+# block's channels, (b, blocks, directions, l, 2, padded). dA, dD, dbias: float32 sums over tokens per image.
 CALL = record(
-    *("tokens", "channels", "lanes", "blocks", "n", "padded", "directions", "softplus", "size", "states"),
+    *("tokens", "channels", "lanes", "blocks", "n", "padded", "directions", "softplus", "size", "states", "mix"),
     *("z", "z_image", "z_token", "out", "grad", "grad_image", "grad_token", "dz", "total", "mixed"),
-    *("dBC", "dA", "dD", "dbias", SOURCE),
+    *("sums", "dA", "dD", "dbias", SOURCE),
     scale=np.float64,
 )
 # Where a thread is, and its scratch. The strip is `blocks` blocks, `vectors` vectors from `first_block` on.
 PLACE = record(
     *("image", "first_block", "blocks", "vectors", "block", "direction", "chunk", "first", "step", "count"),
     *("vector", "c", "lanes"),
-    *("h", "bc", "dt", "input", "y", "dy", "gated", "slope", "ddt", "dinput", "decays", "states", "dbc"),
+    *("h", "bc", "dt", "input", "y", "dy", "gated", "slope", "ddt", "dinput", "decays", "states", "dbc", "weights"),
 )
+
+
+def padded_states(n: int) -> int:
+    """Return the number of states that weights and sums have room for."""
+    return 2 if n == 1 else -(-n // TOGETHER) * TOGETHER  # one state: four sums fill the rows of B and C
 
 
 def forward_scratch(blocks: int, padded: int) -> dict[str, int]:
@@ -109,33 +114,29 @@ def load_weights(kind, call, side, place):
     """Copy a chunk's rows of B and C, padded with zeros, side by side to scratch as float32."""
     row = call.padded * 4
     at = place.bc
-    b_row = side.B + place.image * side.B_image + place.first * side.B_token
-    c_row = side.C + place.image * side.C_image + place.first * side.C_token
+    b_row = side.bc + place.image * side.bc_image + place.first * side.bc_token
     for _ in range(place.count):
         # A vector may run over into what is written after it; the last one into room left for it.
         for j in range(0, call.n, LANES):
             store(at + 4 * j, load_lanes(kind, b_row + j * call.size, call.n - j))
         for j in range(0, call.n, LANES):
-            store(at + row + 4 * j, load_lanes(kind, c_row + j * call.size, call.n - j))
+            store(at + row + 4 * j, load_lanes(kind, b_row + (call.n + j) * call.size, call.n - j))
         at += 2 * row
-        b_row += place.step * side.B_token
-        c_row += place.step * side.C_token
+        b_row += place.step * side.bc_token
 
 
 @compiled
 def weight(address, place):
-    """A vector's values of a float32 tensor over channels, zeros for an absent one."""
-    if address == 0:
-        return splat(0.0)
+    """A vector's values of a float32 tensor over channels."""
     return load_lanes(FLOAT32, address + 4 * place.c, place.lanes)
 
 
 @compiled
-def ungated_share(side, place):
-    """Ungated share of the read-out in the output, Semi-ViM Eq. (16)."""
-    if side.mix == 0:
+def ungated_share(call, place):
+    """Ungated share of the direction's read-out in the output, Semi-ViM Eq. (16)."""
+    if call.mix == 0:
         return splat(0.0)
-    return splat(load_float(side.mix + 4 * place.image))
+    return splat(load_float(call.mix + 4 * (place.image * call.directions + place.direction)))
 
 
 @compiled
@@ -194,7 +195,7 @@ def dense_rows(call, address, place, size):
 @compiled
 def _prepare_forward(kind, call, side, place):
     """Step sizes and inputs of one vector of channels over one chunk; asks for the rows needed after them."""
-    dt, entering, y, lanes, bias = place.dt, place.input, place.y, place.lanes, weight(side.bias, place)
+    dt, entering, y, lanes, bias = place.dt, place.input, place.y, place.lanes, weight(side.delta_bias, place)
     u, u_step = rows(side.u, side.u_image, side.u_token, place, call.size), place.step * side.u_token
     delta = rows(side.delta, side.delta_image, side.delta_token, place, call.size)
     delta_step = place.step * side.delta_token
@@ -226,32 +227,38 @@ def _prepare_forward(kind, call, side, place):
 
 
 @compiled
+def write_sums(kind, first, last, gated, mixed, scale, lanes, total, ungated, total_at, mixed_at, z, out):
+    """Add a direction's gated and ungated sums to those before it; write the output with the last one's."""
+    if not first:
+        total = total + load_lanes(FLOAT32, total_at, lanes)
+        if mixed:
+            ungated = ungated + load_lanes(FLOAT32, mixed_at, lanes)
+    if last:
+        if gated:
+            gate = load_lanes(kind, z, lanes)
+            total = total * (gate * sigmoid(gate))
+        store_lanes(kind, out, lanes, scale * (total + ungated))
+    else:
+        store_lanes(FLOAT32, total_at, lanes, total)
+        if mixed:
+            store_lanes(FLOAT32, mixed_at, lanes, ungated)
+
+
+@compiled
 def _finish_forward(kind, call, side, place):
     """Add a direction's sums of a vector of channels over a chunk; write the output with the last one's."""
-    y, lanes, step, skip, share = place.y, place.lanes, place.step, weight(side.D, place), ungated_share(side, place)
+    y, lanes, step, skip, share = place.y, place.lanes, place.step, weight(side.D, place), ungated_share(call, place)
     u, u_step = rows(side.u, side.u_image, side.u_token, place, call.size), step * side.u_token
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), step * call.z_token
     out, out_step = dense_rows(call, call.out, place, call.size), step * call.channels * call.size
     kept, kept_step = dense_rows(call, 0, place, 4), step * call.channels * 4
     total_at, mixed_at = call.total + kept, call.mixed + kept
     first, last = place.direction == 0, place.direction + 1 == call.directions
-    gated, mixed, scale = call.z != 0, side.mix != 0, splat(call.scale)
+    gated, mixed, scale = call.z != 0, call.mix != 0, splat(call.scale)
     for _ in range(place.count):
         s = load(y)
-        total, ungated = s + skip * load_lanes(kind, u, lanes), share * s
-        if not first:
-            total = total + load_lanes(FLOAT32, total_at, lanes)
-            if mixed:
-                ungated = ungated + load_lanes(FLOAT32, mixed_at, lanes)
-        if last:
-            if gated:
-                gate = load_lanes(kind, z, lanes)
-                total = total * (gate * sigmoid(gate))
-            store_lanes(kind, out, lanes, scale * (total + ungated))
-        else:
-            store_lanes(FLOAT32, total_at, lanes, total)
-            if mixed:
-                store_lanes(FLOAT32, mixed_at, lanes, ungated)
+        total = s + skip * load_lanes(kind, u, lanes)
+        write_sums(kind, first, last, gated, mixed, scale, lanes, total, share * s, total_at, mixed_at, z, out)
         y += WIDTH
         u += u_step
         z += z_step

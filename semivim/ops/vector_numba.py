@@ -309,6 +309,16 @@ def store_sums(_context, address, v0, v1, v2, v3):
 
 
 @intrinsic
+def even_lanes(_context, x):
+    """Return lanes 0, 2, ..., 14 of a vector in its lower half, and again in its upper half."""
+
+    def generate(_context, builder, _sig, args):
+        return builder.shuffle_vector(args[0], args[0], ir.Constant(_INTS, list(range(0, 2 * LANES, 2))))
+
+    return vector(vector), generate
+
+
+@intrinsic
 def positive_part(_context, x):
     """Return max(x, 0), NaN for NaN."""
 
@@ -353,10 +363,19 @@ def exp2(_context, x):
     return vector(vector), generate
 
 
+@intrinsic
+def where_negative(_context, x, below, otherwise):
+    """Return `below` where x < 0, else, and for NaN, `otherwise`."""
+
+    def generate(_context, builder, _sig, args):
+        return builder.select(builder.fcmp_ordered("<", args[0], _constant(0.0)), args[1], args[2])
+
+    return vector(vector, vector, vector), generate
+
+
 @compiled
-def softplus(x):
-    """Return log(1 + e^x), relative error below 1e-6."""
-    small = exp2(magnitude(x) * splat(-LOG2_E))
+def _softplus(x, small):
+    """Return log(1 + e^x) for small = e^-|x|."""
     # Minimax of log(1 + e) / e on [0, 1].
     p = splat(0.00538405868848843) * small + splat(-0.030110951411843258)
     p = p * small + splat(0.07921071667253714)
@@ -367,6 +386,19 @@ def softplus(x):
     p = p * small + splat(-0.4999955258653787)
     p = p * small + splat(0.9999999745322546)
     return positive_part(x) + p * small
+
+
+@compiled
+def softplus(x):
+    """Return log(1 + e^x), relative error below 1e-6."""
+    return _softplus(x, exp2(magnitude(x) * splat(-LOG2_E)))
+
+
+@compiled
+def softplus_and_slope(x):
+    """Return log(1 + e^x) and its derivative 1 / (1 + e^-x), of one exponential."""
+    small = exp2(magnitude(x) * splat(-LOG2_E))
+    return _softplus(x, small), where_negative(x, small, splat(1.0)) / (splat(1.0) + small)
 
 
 @compiled

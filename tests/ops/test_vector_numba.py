@@ -17,6 +17,12 @@ def apply(kind, which, source, target, count):
             x = v.softplus(x)
         elif which == 2:
             x = v.sigmoid(x)
+        elif which == 5:
+            x = v.softplus_and_slope(x)[0]
+        elif which == 6:
+            x = v.softplus_and_slope(x)[1]
+        elif which == 7:
+            x = v.even_lanes(x)
         v.store_lanes(kind, target + i * (2 if which == 4 else 4), count - i, x)
 
 
@@ -45,8 +51,10 @@ def applied(which, x):
         (0, torch.exp2, -126, 127, 3e-7),
         (1, torch.nn.functional.softplus, -10, 100, 1e-6),
         (2, torch.sigmoid, -10, 100, 1e-6),
+        (5, torch.nn.functional.softplus, -10, 100, 1e-6),
+        (6, torch.sigmoid, -10, 100, 1e-6),
     ),
-    ids=("exp2", "softplus", "sigmoid"),
+    ids=("exp2", "softplus", "sigmoid", "softplus of a pair", "slope of a pair"),
 )
 def test_relative_error(which, exact, low, high, limit):
     x = torch.cat((torch.linspace(low, high, 50001), torch.logspace(-20, 0, 1001), -torch.logspace(-20, 0, 1001)))
@@ -59,7 +67,12 @@ def test_limits():
     assert applied(0, x).tolist() == [1, 1, math.inf, 2**-126, math.inf, 2**-126]
     assert applied(1, x[2:4]).tolist() == [1000, pytest.approx(0, abs=1e-37)]
     assert applied(2, x[2:]).tolist() == [1, 0, 1, 0]
-    assert all(torch.isnan(applied(which, torch.tensor([math.nan]))) for which in (0, 1, 2))
+    assert applied(6, x[2:]).tolist() == [1, pytest.approx(0, abs=1e-37), 1, pytest.approx(0, abs=1e-37)]
+    assert all(torch.isnan(applied(which, torch.tensor([math.nan]))) for which in (0, 1, 2, 5, 6))
+
+
+def test_even_lanes():
+    assert applied(7, torch.arange(16.0)).tolist() == [0, 2, 4, 6, 8, 10, 12, 14] * 2
 
 
 @pytest.mark.parametrize("count", (*range(1, 18), 33))
