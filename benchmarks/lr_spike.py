@@ -24,9 +24,11 @@ import timm
 import torch
 
 import semivim  # noqa: F401  registers the models
+from semivim.data.evaluation import create_eval_loader
 from semivim.data.label_split import make_split
 from semivim.data.sources import open_source
-from semivim.data.two_views import SslLoader, StepBatches, View, Views, create_eval_loader
+from semivim.data.streams import SslLoader, StepBatches, Views
+from semivim.data.views import View
 from semivim.task.semi_supervised import SemiSupervisedTask
 
 # Teacher -> method of the task, arguments of the average. The second has LyapEMA's own warm-up but no guard.

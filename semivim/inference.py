@@ -17,7 +17,7 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 
 from semivim.data import ImageSource, View, open_unlabelled_folder
-from semivim.data.two_views import EvaluationImages
+from semivim.data.evaluation import EvaluationImages
 from semivim.hub.hub import check_repo_id
 from semivim.hub.hub_session import fetch, hub_session
 from semivim.hub.model_folder import MODEL_FILES, load_folder

@@ -1,5 +1,6 @@
 """Images, label splits, views and mixing for semi-supervised training."""
 
+from semivim.data.evaluation import LabelledBatch, create_eval_loader
 from semivim.data.label_split import LabelSplit, complete_split, load_split, make_split, save_split
 from semivim.data.list_files import ListedImages, read_list, split_from_lists
 from semivim.data.sources import (
@@ -18,16 +19,8 @@ from semivim.data.ssmixup import (
     mixing_weight,
     pair_retained,
 )
-from semivim.data.two_views import (
-    LabelledBatch,
-    SslBatch,
-    SslLoader,
-    StepBatches,
-    UnlabelledBatch,
-    View,
-    Views,
-    create_eval_loader,
-)
+from semivim.data.streams import SslBatch, SslLoader, StepBatches, UnlabelledBatch, Views
+from semivim.data.views import View
 
 __all__ = [
     "ImageSource",

@@ -7,106 +7,23 @@ a run continues exactly from nothing but its step number.
 """
 
 import logging
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import AutoAugment, RandAugment
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from semivim.data.evaluation import LabelledBatch
 from semivim.data.label_split import LabelSplit
 from semivim.data.sources import ImageSource, UnreadableImageError
+from semivim.data.views import View, _private_randomness
 
 _logger = logging.getLogger(__name__)
-
-_IMAGE_MODE = {1: "L", 3: "RGB"}
 _MAX_CONSECUTIVE_UNREADABLE = 100
-
-
-class View:
-    """A way to turn decoded images into normalised float tensors.
-
-    Args:
-        input_size: (channels, height, width), 1 or 3 channels; images are converted to grey or RGB.
-        mean: Mean of each channel, of pixels in [0, 1].
-        std: Standard deviation of each channel.
-        is_training: Random augmentation, or the centre crop of evaluation.
-        re_prob: Probability of random erasing.
-        re_mode: Filling of an erased box: 'const', 'rand' or 'pixel'.
-        re_count: Largest number of erased boxes.
-        **transform: timm's ``create_transform`` arguments (scale, ratio, hflip, vflip, color_jitter, auto_augment,
-            interpolation, crop_pct, ...).
-    """
-
-    def __init__(
-        self,
-        input_size: tuple[int, int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        *,
-        is_training: bool = True,
-        re_prob: float = 0.0,
-        re_mode: str = "pixel",
-        re_count: int = 1,
-        **transform: Any,
-    ) -> None:
-        channels = input_size[0]
-        if channels not in _IMAGE_MODE:
-            raise ValueError(f"input_size must have 1 or 3 channels, got {channels}")
-        if len(mean) != channels or len(std) != channels:
-            raise ValueError(f"mean and std must have {channels} values, got {len(mean)} and {len(std)}")
-        self.mode = _IMAGE_MODE[channels]
-        # Ends in uint8 pixels; a whole batch is normalised at once, then erased.
-        self.pixels = create_transform(
-            input_size, is_training=is_training, use_prefetcher=True, mean=mean, std=std, **transform
-        )
-        _keep_one_bit(self.pixels)
-        self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
-        self.std = torch.tensor(std).view(-1, 1, 1) * 255
-        self.erasing = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu") if re_prob else None
-
-    def __call__(self, images: list[Image.Image], seeds: list[int]) -> Tensor:
-        """Draw the view of every image from its own seed, ``(len(images), channels, height, width)``, float32."""
-        pixels = []
-        for image, seed in zip(images, seeds, strict=True):
-            _seed_all(seed)
-            pixels.append(self.pixels(image if image.mode == self.mode else image.convert(self.mode)))
-        batch = torch.stack(pixels).float().sub_(self.mean).div_(self.std)
-        if self.erasing is not None:
-            for row, seed in zip(batch, seeds, strict=True):
-                _seed_all(seed + 1)
-                self.erasing(row)
-        return batch
-
-
-def _keep_one_bit(pixels: Any) -> None:
-    """Let timm's posterize keep at least one bit: with none the image is black, and Pillow 13 refuses to draw it."""
-    for step in getattr(pixels, "transforms", ()):
-        if isinstance(step, RandAugment):
-            operations = list(step.ops)
-        elif isinstance(step, AutoAugment):
-            operations = [operation for policy in step.policy for operation in policy]
-        else:
-            continue
-        for operation in operations:
-            if operation.name.startswith("Posterize"):
-                operation.level_fn = _AtLeastOneBit(operation.level_fn)
-
-
-class _AtLeastOneBit:
-    def __init__(self, level_fn: Any) -> None:
-        self.level_fn = level_fn
-
-    def __call__(self, level: float, hparams: dict[str, Any]) -> tuple[int]:
-        return (max(1, self.level_fn(level, hparams)[0]),)
 
 
 class Views(NamedTuple):
@@ -115,13 +32,6 @@ class Views(NamedTuple):
     labelled: View
     weak: View
     strong: View
-
-
-class LabelledBatch(NamedTuple):
-    """Images with labels."""
-
-    image: Tensor  # (b, c, h, w)
-    label: Tensor  # (b,), int64
 
 
 class UnlabelledBatch(NamedTuple):
@@ -293,65 +203,6 @@ class SslLoader:
             yield batch
 
 
-class EvaluationImages(Dataset):
-    """Images with labels in one fixed view; an unreadable one is an error."""
-
-    def __init__(self, source: ImageSource, view: View, positions: np.ndarray) -> None:
-        self.source, self.view, self.positions = source, view, positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitems__(self, places: list[int]) -> LabelledBatch:
-        index = self.positions[places]
-        images = [self.source.image(int(position)) for position in index]
-        with _private_randomness():
-            return LabelledBatch(self.view(images, [0] * len(images)), torch.from_numpy(self.source.labels[index]))
-
-
-def create_eval_loader(
-    source: ImageSource,
-    view: View,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
-    """Give every image with its label exactly once, over all ranks together.
-
-    Args:
-        source: Images, all with known labels.
-        view: A view with ``is_training=False``.
-        batch_size: Images of one batch; the last one may be smaller.
-        num_workers: Worker processes; 0 loads in this process.
-        pin_memory: Put batches into page-locked memory.
-        rank: This process, which gets every ``world_size``-th image.
-        world_size: Number of processes.
-
-    Returns:
-        A loader of ``LabelledBatch``.
-
-    Raises:
-        ValueError: If an image has no known label.
-    """
-    unknown = np.flatnonzero(source.labels < 0)
-    if len(unknown):
-        raise ValueError(f"{len(unknown)} evaluation images have no label, the first is {source.describe(unknown[0])}")
-    positions = np.arange(rank, len(source), world_size)
-    return DataLoader(
-        EvaluationImages(source, view, positions),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_already_collated,
-    )
-
-
-def _already_collated(batch: Any) -> LabelledBatch:
-    return batch
-
-
 def _mix_seed(*parts: int) -> int:
     """Spread small integers over 62 bits (the finaliser of SplitMix64 on each part in turn)."""
     state = 0
@@ -361,22 +212,3 @@ def _mix_seed(*parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 2
-
-
-def _seed_all(seed: int) -> None:
-    """Seed the three generators that timm's and torchvision's transforms draw from."""
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)
-
-
-@contextmanager
-def _private_randomness() -> Iterator[None]:
-    """Leave the process's generators as they were: drop path must not depend on where images are loaded."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

@@ -6,33 +6,12 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from timm.data import create_transform
 
 from semivim.data.label_split import LabelSplit, complete_split, make_split
 from semivim.data.sources import ImageSource, UnreadableImageError, open_source
-from semivim.data.two_views import EndlessOrder, SslLoader, StepBatches, View, Views, _mix_seed, create_eval_loader
-
-GREY = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
-RANDAUGMENT = "rand-m9-mstd0.5-inc1"
-
-
-class Pictures:
-    """Images whose grey value is their position; some cannot be read."""
-
-    def __init__(self, size=(20, 16), unreadable=()):
-        self.size, self.unreadable = size, unreadable
-
-    def __call__(self, index):
-        if index in self.unreadable:
-            raise OSError("image file is truncated")
-        return Image.new("L", self.size, index)
-
-
-def plain(**changes):
-    """A view that leaves grey values alone."""
-    return View((1, 8, 8), (0.0,), (1.0,), no_aug=True, **changes)
-
+from semivim.data.streams import EndlessOrder, SslLoader, StepBatches, Views, _mix_seed
+from semivim.data.views import View
+from tests.data.pictures import GREY, RANDAUGMENT, Pictures, numbered, plain, shown
 
 PLAIN = Views(plain(), plain(), plain())
 
@@ -44,12 +23,6 @@ def random_views():
         View(**GREY, color_jitter=0.4, **crop),
         View(**GREY, auto_augment=RANDAUGMENT, re_prob=0.5, re_mode="pixel", **crop),
     )
-
-
-def numbered(num_labelled=7, num_unlabelled=30, unreadable=()):
-    n = num_labelled + num_unlabelled
-    source = ImageSource(Pictures(unreadable=unreadable), np.arange(n) % 2)
-    return source, complete_split(source.labels, 2, np.arange(num_labelled))
 
 
 def digits_batches(**changes):
@@ -66,91 +39,6 @@ def tensors(batch):
 def assert_same(first, second):
     for a, b in zip(tensors(first), tensors(second), strict=True):
         assert torch.equal(a, b)
-
-
-def shown(images):
-    """Positions of plainly viewed pictures."""
-    return (images[:, 0, 0, 0] * 255).round().int().tolist()
-
-
-# Views
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_view_equals_timms_transform(channels):
-    arguments = {"mean": (0.4,) * channels, "std": (0.3,) * channels}
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8))
-    image = image.convert("L") if channels == 1 else image
-    for training, options in (
-        (True, {"scale": (0.3, 1.0), "hflip": 0.5, "color_jitter": 0.4, "interpolation": "bicubic"}),
-        (True, {"auto_augment": RANDAUGMENT, "interpolation": "bilinear"}),
-        (False, {"crop_pct": 0.9, "interpolation": "bicubic"}),
-    ):
-        size = (channels, 24, 24)
-        view = View(size, is_training=training, **arguments, **options)
-        theirs = create_transform(size, is_training=training, **arguments, **options)
-        for seed in range(5):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)
-            expected = theirs(image)
-            actual = view([image], [seed])[0]
-            assert torch.allclose(actual, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_view_converts_every_kind_of_image(channels, mode):
-    view = View((channels, 16, 16), (0.5,) * channels, (0.5,) * channels, auto_augment=RANDAUGMENT)
-    image = Image.new("L", (20, 20), 200).convert(mode)
-    assert view([image], [0]).shape == (1, channels, 16, 16)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
-def test_view_takes_the_smallest_images(size):
-    image = Image.new("RGB", size, (255, 0, 0))
-    for training in (True, False):
-        view = View((3, 16, 16), (0.0,) * 3, (1.0,) * 3, is_training=training, color_jitter=None)
-        assert torch.equal(view([image], [0]).amax(dim=(0, 2, 3)), torch.tensor([1.0, 0.0, 0.0]))
-
-
-@pytest.mark.parametrize("policy", ["rand-m10-n3-p1-inc1", "rand-m0-n3-p1", "v0", "original", "3a", "augmix-m5-w4-d2"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_augmentation_policy_runs_at_its_limits(policy, channels):
-    view = View((channels, 16, 16), (0.5,) * channels, (0.5,) * channels, auto_augment=policy)
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).convert("L" if channels == 1 else "RGB")
-    seeds = list(range(300))
-    assert view([image] * 300, seeds).isfinite().all()
-
-
-def test_erasing_changes_a_box_of_some_images_and_depends_on_the_seed_alone():
-    image = Image.new("L", (32, 32), 128)
-    options = {"no_aug": True, **GREY}
-    seeds = list(range(40))
-    untouched = View(**options)([image] * 40, seeds)
-    erased = View(**options, re_prob=0.5)([image] * 40, seeds)
-    changed = (erased != untouched).flatten(1).float().mean(1)
-    assert 10 < (changed > 0).sum() < 30
-    assert changed.max() < 0.45
-    assert torch.equal(View(**options, re_prob=0.5)([image] * 3, seeds[7:10]), erased[7:10])
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"input_size": (2, 32, 32)}, ValueError, "input_size must have 1 or 3 channels, got 2"),
-        ({"mean": (0.5, 0.5, 0.5)}, ValueError, "mean and std must have 1 values, got 3 and 1"),
-        ({"colour_jitter": 0.4}, TypeError, "colour_jitter"),
-    ],
-)
-def test_view_arguments_that_cannot_be(changes, error, message):
-    with pytest.raises(error, match=message):
-        View(**(GREY | changes))
-
-
-# Order
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -232,9 +120,6 @@ def test_a_batch_larger_than_the_set_repeats_images_in_other_crops():
     assert not torch.equal(images[shown_at[0]], images[shown_at[1]])
 
 
-# Reproducibility
-
-
 def test_a_step_is_the_same_however_it_is_reached():
     batches = digits_batches()
     loader = SslLoader(batches)
@@ -272,9 +157,6 @@ def test_loading_leaves_the_process_generators_alone():
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
-# Unreadable images
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_unreadable_images_are_skipped_counted_and_named_once(caplog, num_workers):
     source, split = numbered(unreadable=(2, 11))
@@ -303,43 +185,6 @@ def test_all_images_unreadable_ends_with_an_error():
     for num_workers in (0, 1):
         with pytest.raises(UnreadableImageError, match=message):
             next(SslLoader(StepBatches(source, split, PLAIN, 2, 2), num_workers=num_workers).steps())
-
-
-def test_unreadable_image_in_evaluation_is_an_error():
-    source, _ = numbered(unreadable=(9,))
-    with pytest.raises(UnreadableImageError, match="image 9 is unreadable: image file is truncated"):
-        list(create_eval_loader(source, plain(is_training=False), 4))
-
-
-# Loaders
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_evaluation_shows_every_image_once_over_all_ranks(world_size):
-    source, _ = numbered()
-    seen = []
-    for rank in range(world_size):
-        loader = create_eval_loader(source, plain(is_training=False), 5, rank=rank, world_size=world_size)
-        for batch in loader:
-            assert batch.label.tolist() == [p % 2 for p in shown(batch.image)]
-            seen += shown(batch.image)
-    assert sorted(seen) == list(range(37))
-
-
-def test_evaluation_in_workers_equals_evaluation_here():
-    source = open_source("embedded/digits", split="validation")
-    view = View(**GREY, is_training=False, crop_pct=1.0, interpolation="bilinear")
-    here, there = (list(create_eval_loader(source, view, 128, num_workers=n)) for n in (0, 2))
-    assert [len(batch.label) for batch in here] == [128, 128, 128, 116]
-    for a, b in zip(here, there, strict=True):
-        assert torch.equal(a.image, b.image)
-        assert torch.equal(a.label, b.label)
-
-
-def test_evaluation_needs_labels():
-    source = ImageSource(Pictures(), [0, -1, 1])
-    with pytest.raises(ValueError, match="1 evaluation images have no label, the first is image 1"):
-        create_eval_loader(source, plain(is_training=False), 2)
 
 
 def test_unlabelled_images_are_needed_only_where_they_are_asked_for():
