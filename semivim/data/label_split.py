@@ -1,4 +1,4 @@
-"""Which images of a training set have labels: drawn from a seed or given by lists, checked, and kept as text.
+"""Splits of a training set into labelled and unlabelled images: drawn from a seed or given, checked, kept as text.
 
 Classes are counted by the labels of the whole set; -1 marks an image without a known label, which can only be used as
 an unlabelled one.
@@ -37,7 +37,7 @@ class LabelSplit:
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of what is labelled, as what, and what is unlabelled."""
+        """SHA-256 of the labelled positions, their labels and the unlabelled positions."""
         digest = hashlib.sha256(f"{len(self.labels)} {self.num_classes}\n".encode())
         for part in (self.labelled, self.labels[self.labelled], self.unlabelled):
             digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes() + b"\n")
@@ -60,7 +60,7 @@ class LabelSplit:
 
     @property
     def ceiling(self) -> float:
-        """Highest balanced accuracy in reach: a class that owns no label is never predicted."""
+        """Upper bound of balanced accuracy: a class without a labelled image is never predicted."""
         return 1 - len(self.classes_without_label) / self.num_classes
 
     def report(self) -> str:
@@ -96,8 +96,8 @@ def make_split(
 ) -> LabelSplit:
     """Draw the labelled images; the others become unlabelled.
 
-    Exactly one of ``fraction``, ``per_class`` and ``imb_n1`` says how many. For one (seed, fold) smaller draws are
-    contained in larger ones.
+    Exactly one of ``fraction``, ``per_class`` and ``imb_n1`` sets their number. For one (seed, fold) a smaller draw is
+    a subset of a larger one.
 
     Args:
         labels: Class of every image, ``(n,)``; -1 where unknown.
@@ -231,11 +231,11 @@ def long_tail(
     return counts if factor > 0 else counts[::-1].copy()
 
 
-def _refuse_unread(owner: str, owner_value: int | None, **values: tuple[float | None, float | None]) -> None:
-    """Refuse an argument, given as (value, default), that is read only where its owner is given."""
+def _refuse_unread(required: str, required_value: int | None, **values: tuple[float | None, float | None]) -> None:
+    """Refuse arguments, given as (value, default), that have no effect without a required one."""
     for name, (value, default) in values.items():
-        if owner_value is None and value != default:
-            raise ValueError(f"{name} is {value}, but read only with {owner}")
+        if required_value is None and value != default:
+            raise ValueError(f"{name} is {value}, but read only with {required}")
 
 
 def _listed(values: np.ndarray, limit: int = 10) -> str:
@@ -255,7 +255,7 @@ def _check_positions(name: str, positions: Sequence[int] | np.ndarray, num_image
 
 
 def _shuffled_members(labels: np.ndarray, num_classes: int, seed: int, fold: int) -> list[np.ndarray]:
-    """Positions of each class in an order that depends on (seed, fold, class) only: prefixes of it are nested."""
+    """Positions of each class in an order that depends on (seed, fold, class) only, so that draws are nested."""
     if seed < 0 or fold < 0:
         raise UserError(f"seed and fold must not be negative, got seed={seed}, fold={fold}")
     return [
@@ -289,12 +289,12 @@ _HEADER_PATTERN = re.compile(
 def save_split(split: LabelSplit, folder: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
     """Write labelled.txt and unlabelled.txt: a header, then ``index label [name]`` or ``index [name]`` lines.
 
-    Names that would not fit a line of text are written as Python strings. Each file appears whole or not at all.
+    A name with a line break or undecodable bytes is written as a Python string. Each file is written atomically.
 
     Args:
         split: What to write.
         folder: An existing folder.
-        names: Name of every image of the set, to recognise later that the set has changed; not written if None.
+        names: Name of every image of the set, by which ``load_split`` notices a changed set; not written if None.
     """
     for role, positions in (("labelled", split.labelled), ("unlabelled", split.unlabelled)):
         header = _HEADER.format(

@@ -1,10 +1,10 @@
-"""Lists of images: which of a data set's images are labelled or unlabelled, as published beside papers.
+"""Lists of labelled or unlabelled images, in the formats that papers publish.
 
-Four formats, told apart by their content, one entry a line:
+A list has one entry a line; its content decides the format:
 
 * ``n04235860_14959.JPEG``: bare file names (SimCLRv2's ImageNet subsets), or paths below the root;
 * ``train/n01440764/n01440764_190.JPEG 0``: path and label (ImageNet-LT);
-* ``Index`` column of a .csv: places in torchvision's order of the images (Semi-ViT, EMAN).
+* ``Index`` column of a .csv: indices into torchvision's order of the images (Semi-ViT, EMAN).
 """
 
 import csv
@@ -22,7 +22,7 @@ from semivim.utils.user_error import UserError
 
 
 class ListedImages(NamedTuple):
-    """Images a list names, in its order."""
+    """Images that a list names, in the order of the list."""
 
     positions: np.ndarray  # (n,), int64, in the source
     labels: np.ndarray  # (n,), int64, -1 where the list gives none
@@ -77,7 +77,7 @@ def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | 
         raise UserError(f"list {path!r} is not a file")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().split("\n")  # only there: file names may hold what splitlines() takes for a line's end
+            lines = file.read().split("\n")  # not splitlines(): a file name may hold other line separators
     except UnicodeDecodeError as error:
         raise UserError(f"list {path!r} is not UTF-8 text: {error}") from error
     entries = _indexed(path, lines, source) if _is_indexed(lines) else _named(path, lines, source, data_dir)
@@ -104,7 +104,7 @@ def _is_indexed(lines: Sequence[str]) -> bool:
 
 
 def _indexed(path: str, lines: Sequence[str], source: ImageSource) -> Iterator[tuple[int, int, int]]:
-    """Give (line, position, unknown label) of a .csv with places in torchvision's order."""
+    """Yield (line, position, unknown label) of a .csv of indices into torchvision's order of the images."""
     order = np.arange(len(source))
     if source.names is not None:
         # torchvision sorts folders, then files, as text; timm puts x_9 before x_10.
@@ -126,7 +126,7 @@ def _indexed(path: str, lines: Sequence[str], source: ImageSource) -> Iterator[t
 def _named(
     path: str, lines: Sequence[str], source: ImageSource, data_dir: str | None
 ) -> Iterator[tuple[int, int, int]]:
-    """Give (line, position, label) of a list of file names, with labels or without."""
+    """Yield (line, position, label) of a list of file names, with labels or without."""
     if source.names is None:
         raise UserError(f"list {path!r} names files, but the images of this data set have no names; wanted 'Index'")
     find = _NameFinder(source, data_dir)
@@ -152,7 +152,7 @@ class _NameFinder:
         self.source_root = os.path.abspath(source.root or "")
         self.real_source_root = os.path.realpath(self.source_root)
         root = os.path.abspath(data_dir) if data_dir else self.source_root
-        # Paths in a list may start at the data set's root, the source at its folder for the split.
+        # A path in a list may start at the root of the data set, where the source starts at the folder of its split.
         self.prefix = os.path.relpath(self.source_root, root) + os.sep
         self.real_root = os.path.realpath(root)
         self.by_path = {name: position for position, name in enumerate(self.names)}

@@ -1,4 +1,4 @@
-"""Where images come from: one indexable view on timm's datasets, plain folders and embedded digits."""
+"""Image sources: access by index to timm's datasets, plain folders and scikit-learn's digits."""
 
 import os
 import pickle
@@ -21,10 +21,10 @@ from semivim.data.label_split import UNKNOWN
 from semivim.data.wds_shards import index_shards
 from semivim.utils.user_error import UserError
 
-# What Pillow raises on files that are not, or no longer, images (a decompression bomb is no OSError), and on no file.
+# What Pillow raises on a missing, damaged or oversized image (DecompressionBombError is not an OSError).
 _DECODING_ERRORS = (OSError, SyntaxError, EOFError, TypeError, ValueError, struct.error, Image.DecompressionBombError)
 
-# What timm's readers raise on data, class maps, keys and options that do not fit.
+# What timm's readers raise on unusable data, class maps, keys and options.
 _OPENING_ERRORS = (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) + (
     pickle.UnpicklingError,
     tarfile.TarError,
@@ -34,7 +34,7 @@ _ITERABLE_PREFIXES = ("hfids/", "tfds/")
 _WORKING_SOURCES = (
     "'' (a folder or .tar with one sub-folder a class), 'torch/<name>', 'hfds/<name>', 'wds/<name>', 'embedded/digits'"
 )
-# What each kind of data set reads of timm's options; timm ignores the others, or fails on them.
+# Options of timm that each kind of data set reads; timm ignores the others, or fails on them.
 _OPTIONS: dict[str, set[str]] = {
     "": {"class_map", "input_key"},
     "torch": {"download"},
@@ -54,7 +54,7 @@ class ImageSource:
     """Images by index, with a label each.
 
     Args:
-        read: Gives the image of an index, decoded or not.
+        read: Returns the image at an index, decoded or not.
         labels: Class of each image, ``(n,)``; -1 where unknown.
         class_names: Names of the classes, in the order of their labels; None where the format has none.
         names: Unique name of each image, a path relative to ``root`` for files; None where images have no names.
@@ -227,12 +227,12 @@ def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
 
 
 def _order(name: str) -> tuple[list[int | str], str]:
-    """Sort as timm does, and what it holds to be equal (a1 and a01, A and a) alike on every file system."""
+    """Sort key of timm, with ties (a1 and a01, A and a) broken alike on every file system."""
     return natural_key(name), name
 
 
 def _shared_images(first: ImageSource, second: ImageSource) -> str:
-    """Name what two sources have in common, '' if nothing."""
+    """Describe the images that two sources share, '' if none."""
     if first.names is None and second.names is None:
         same = np.array_equal(first.labels, second.labels) and first.image(0) == second.image(0)
         return f"all its {len(second):,} images" if same else ""
@@ -245,14 +245,14 @@ def _real_folders(source: ImageSource) -> set[str]:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert to 'L' or 'RGB'; Pillow alone cuts 16-bit values off at 255, which leaves a white image."""
+    """Convert to 'L' or 'RGB'; Pillow's own conversion clips 16-bit values at 255, which leaves a white image."""
     if image.mode in ("L", "RGB"):
         return image
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise UserError(f"the range of its pixels is not known (mode {image.mode}), wanted 8 or 16 bits a channel")
-    if image.mode == "P":  # Pillow warns of transparency that is lost, not of that which is dropped
+    if image.mode == "P":  # Pillow warns of lost transparency in P to RGB, not in P to RGBA to RGB
         image = image.convert("RGBA")
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
@@ -278,7 +278,7 @@ class _JoinedReader:
 
 
 class _TimmReader:
-    """timm's readers without ImageDataset, which puts the next image in the place of one it cannot read."""
+    """A reader of timm without its ImageDataset, which replaces an unreadable image by the next one."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -308,7 +308,7 @@ class _ArrayReader:
 
 
 def _kind(dataset: str) -> str:
-    """Prefix of a data set's name, '' for folders; timm takes a name it does not know for a folder."""
+    """Prefix of a data set's name, '' for folders; an unknown name is refused, which timm would take for a folder."""
     if dataset in ("", "folder"):
         return ""
     if dataset.lower().startswith(_ITERABLE_PREFIXES):
@@ -322,15 +322,15 @@ def _kind(dataset: str) -> str:
 
 
 def _split_folder(data_dir: str, split: str) -> str:
-    """Folder of a split; timm takes ``data_dir`` where there is none, so that a typo trains on validation images."""
+    """Folder of a split; timm would fall back to ``data_dir``, and a typo would train on validation images."""
     for name in (split, *next((names for names in (_TRAIN_SPLITS, _VAL_SPLITS) if split in names), ())):
         if os.path.exists(folder := os.path.join(data_dir, name)):
             return data_dir if name == "." else folder
     with os.scandir(data_dir) as entries:
-        there = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        subfolders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     raise UserError(
         f"split {split!r} has no folder of its own in data_dir {data_dir!r}, which holds "
-        f"{', '.join(there[:10]) or 'no folder'}{', ...' if len(there) > 10 else ''}; '.' is data_dir itself"
+        f"{', '.join(subfolders[:10]) or 'no folder'}{', ...' if len(subfolders) > 10 else ''}; '.' is data_dir itself"
     )
 
 
@@ -377,9 +377,9 @@ def _from_files(samples: Sequence[tuple[str, int]], class_to_idx: dict[str, int]
 
 
 def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tuple[list[int], list[str] | None]:
-    """Labels, and the names in their order; no names where a class map joins classes or leaves labels out.
+    """Labels, and the class names in their order; None for the names if a class map merges classes or skips labels.
 
-    Images directly in the root belong to no class, but timm has them in one called '' ('.' in some tar files). A blank
+    Images directly in the root have no class, but timm puts them in one called '' ('.' in some tar files). A blank
     line of a class map makes that class too.
     """
     for name, index in class_to_idx.items():
@@ -396,14 +396,14 @@ def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tup
 
 
 def _refuse_equal_classes(names: Iterable[str]) -> None:
-    """Refuse classes between which timm's order is left to chance."""
+    """Refuse class names that tie in timm's order, so that their labels would depend on the file system."""
     for first, second in pairwise(sorted(names, key=_order)):
         if natural_key(first) == natural_key(second):
             raise UserError(f"classes {first!r} and {second!r} differ in case or zeros only, and would swap labels")
 
 
 def _check_folders(source: ImageSource, root: str, has_class_map: bool) -> None:
-    """Refuse class folders that timm numbers, or leaves out, otherwise than their owner would expect."""
+    """Refuse class folders that timm would number unexpectedly: hidden, linked twice, or without an image."""
     folders = sorted({os.path.dirname(name) for name in source.names or ()} - {""})
     for folder in folders:
         if folder.startswith(".") or f"{os.sep}." in folder:
@@ -411,8 +411,8 @@ def _check_folders(source: ImageSource, root: str, has_class_map: bool) -> None:
     if len(_real_folders(source)) < len({os.path.dirname(name) for name in source.names or ()}):
         raise UserError(f"links below {root!r} lead to one folder of images by several ways, which would count twice")
     with os.scandir(root) as entries:
-        there = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
-    empty = sorted(there - {folder.split(os.sep, 1)[0] for folder in folders})
+        subfolders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+    empty = sorted(subfolders - {folder.split(os.sep, 1)[0] for folder in folders})
     if empty and folders and not has_class_map:
         extensions = ", ".join(get_img_extensions())
         raise UserError(f"class folders without an image ({extensions}) in {root!r}: {', '.join(empty[:10])}")
@@ -434,9 +434,9 @@ _DIGITS_PX = 32
 
 
 def _open_digits(dataset: str, data_dir: str | None, split: str) -> ImageSource:
-    """Open scikit-learn's 8x8 digits, 1,297 to train on and 50 of each class to test on, drawn once and for all.
+    """Open scikit-learn's 8x8 digits, 1,297 to train on and 50 of each class to test on, from a fixed draw.
 
-    The digits are enlarged here rather than by the views: crops of an 8-pixel image know only a handful of positions.
+    The digits are enlarged here rather than by the views: an 8-pixel image has only a handful of crops.
     """
     if dataset != "embedded/digits":
         raise UserError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits'")
@@ -448,7 +448,7 @@ def _open_digits(dataset: str, data_dir: str | None, split: str) -> ImageSource:
         raise UserError("dataset 'embedded/digits' needs scikit-learn: pip install 'semivim[demo]'") from error
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
-    rank = np.empty(len(order), dtype=np.int64)  # of an image among those of its class, in random order
+    rank = np.empty(len(order), dtype=np.int64)  # rank of an image among those of its class, in random order
     for label in range(10):
         members = order[digits.target[order] == label]
         rank[members] = np.arange(len(members))

@@ -19,7 +19,7 @@ class MixedBatch(NamedTuple):
 
 
 def pair_retained(keep: Tensor) -> Tensor:
-    """Give every retained row another retained row as its partner.
+    """Draw for every retained row another retained row as its partner.
 
     The retained rows are joined into one ring in random order, so no row is paired with itself as long as there are
     two. Rows outside, and a single retained row, are their own partners.

@@ -1,4 +1,4 @@
-"""WebDataset shards by index: plain tar files are read in place, so a stream's images can be split and drawn."""
+"""WebDataset shards by index: images are read in place from plain tar files, so that they can be split and shuffled."""
 
 import io
 import posixpath
@@ -25,7 +25,7 @@ class Shards(NamedTuple):
 
 
 class ShardReader:
-    """Decodes the image of an index from its place in a tar file.
+    """Decodes the image at an index from its bytes in a tar file.
 
     Args:
         places: File, offset and size in bytes of each image.
@@ -46,8 +46,8 @@ class ShardReader:
 def index_shards(root: str, split: str, input_key: str | None = None, target_key: str | None = None) -> Shards:
     """Index the uncompressed shards ``*<split>*.tar`` of a folder; only headers and targets are read.
 
-    The members of a shard that share a key are one sample; a name's key and its extension, in any case, meet at the
-    first dot of its last part.
+    The members of a shard that share a key are one sample. The first dot of a file name separates the key from the
+    extension, whose case does not matter.
 
     Args:
         root: Folder of the shards.
@@ -101,7 +101,7 @@ def _samples(archive: tarfile.TarFile, shard: Path, wanted: set[str]) -> dict[st
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
-    """Split a member's name as the webdataset package does; hidden files have no key there, no extension here."""
+    """Split a member's name as the webdataset package does; a hidden file gets no extension, and so is skipped."""
     folder, file = posixpath.split(posixpath.normpath(name))
     base, _, extension = file.partition(".")
     return posixpath.join(folder, base), extension.lower() if base else ""
