@@ -25,16 +25,15 @@ from timm.utils import is_primary, random_seed, setup_default_logging
 
 import semivim  # noqa: F401  registers the models
 from semivim.data import (
+    Batch,
+    EvaluationLoader,
     ImageSource,
+    ImageStream,
     LabelSplit,
-    SslBatch,
-    SslLoader,
-    StepBatches,
+    StreamLoader,
     View,
-    Views,
     check_sources,
     complete_split,
-    create_eval_loader,
     join_sources,
     load_split,
     make_split,
@@ -78,6 +77,7 @@ from semivim.flags.train_flags import (
     add_schedule_flags,
     clip_kwargs,
     create_optimizer,
+    loader_kwargs,
 )
 from semivim.runs.checkpoint import save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
@@ -174,34 +174,31 @@ def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[Imag
     return source, val_source, make_split(source.labels, num_classes, **make_split_kwargs(args))
 
 
-def create_views(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Views, View]:
-    """Labelled, weak and strong training views, and the evaluation view."""
-    make = partial(View, data_config["input_size"], data_config["mean"], data_config["std"])
-    views = Views(make(**view_kwargs(args)), make(**weak_view_kwargs(args)), make(**strong_view_kwargs(args)))
-    return views, make(is_training=False, **{k: data_config[k] for k in ("interpolation", "crop_pct", "crop_mode")})
-
-
-def create_loader(
-    args: argparse.Namespace, source: ImageSource, split: LabelSplit, views: Views, num_unlabelled: int
-) -> SslLoader:
-    """Training batches by step number, with ``num_unlabelled`` unlabelled images each."""
+def create_loaders(
+    args: argparse.Namespace,
+    source: ImageSource,
+    val_source: ImageSource,
+    split: LabelSplit,
+    data_config: dict[str, Any],
+    num_unlabelled: int,
+    device: torch.device,
+) -> tuple[StreamLoader, EvaluationLoader]:
+    """Training batches, with ``num_unlabelled`` images in a weak and a strong view if not 0, and evaluation batches."""
     if num_unlabelled and not len(split.unlabelled):
         raise UserError(
             f"no unlabelled image is left: all {len(split.labelled)} are labelled; label fewer, add unlabelled "
             f"ones (--unlabeled-dir, --unlabeled-include-labeled) or train with --ssl-method supervised"
         )
+    view = partial(View, data_config["input_size"], data_config["mean"], data_config["std"])
     ranks = {"rank": args.rank, "world_size": args.world_size}
-    batches = StepBatches(source, split, views, args.batch_size, num_unlabelled, seed=args.seed, **ranks)
-    return SslLoader(batches, args.workers, pin_memory=args.pin_mem)
-
-
-def to_device(batch: SslBatch, device: torch.device) -> tuple[Any, ...]:
-    """Labelled images and labels, weak and strong views of the unlabelled images, and the labels hidden from them."""
-    image, label = batch.labelled.image.to(device), batch.labelled.label.to(device)
-    if batch.unlabelled is None:
-        return image, label, None, None, None
-    weak, strong, hidden_label = batch.unlabelled
-    return image, label, weak.to(device), strong.to(device), hidden_label.to(device)
+    stream = partial(ImageStream, source, labels=split.labels, seed=args.seed, **ranks)
+    streams = [stream(split.labelled, [view(**view_kwargs(args))], args.batch_size)]
+    if num_unlabelled:
+        weak, strong = view(**weak_view_kwargs(args)), view(**strong_view_kwargs(args))
+        streams.append(stream(split.unlabelled, [weak, strong], num_unlabelled, stream=1))
+    eval_view = view(is_training=False, **{k: data_config[k] for k in ("interpolation", "crop_pct", "crop_mode")})
+    eval_size, loading = args.validation_batch_size or args.batch_size, loader_kwargs(args, device)
+    return StreamLoader(streams, **loading), EvaluationLoader(val_source, eval_view, eval_size, **loading, **ranks)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -230,13 +227,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     # Student
     model = create_model(args, num_classes, **ssmixup_kwargs(args)).to(device)
     data_config = resolve_input_data_config(model, vars(args))
-    views, eval_view = create_views(args, data_config)
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
-    ranks = {"rank": args.rank, "world_size": args.world_size}
-    loader = create_loader(args, source, split, views, ratio * args.batch_size)
-    eval_loader = create_eval_loader(
-        val_source, eval_view, args.validation_batch_size or args.batch_size, args.workers, args.pin_mem, **ranks
-    )
+    loader, eval_loader = create_loaders(args, source, val_source, split, data_config, ratio * args.batch_size, device)
     mixup = Mixup(**mixup_kwargs(args), num_classes=num_classes) if mixes(args) else None
 
     # Optimizer, schedule; an epoch is one pass over the unlabelled images, whatever the method
@@ -299,8 +291,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     steps = loader.steps(progress.num_updates * accum)
     ramp_steps = args.warmup_epochs * epoch_updates
 
-    def forward(batch: SslBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        image, label, weak, strong, hidden_label = to_device(batch, device)
+    def forward(batches: tuple[Batch, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        (image,), label = batches[0]
+        (weak, strong), hidden_label = batches[1] if ratio else ((None, None), None)
         if mixup is not None:
             image, label = mixup(image, label)
         result = task(image, label, weak, strong, progress.ramp(ramp_steps))

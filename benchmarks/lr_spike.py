@@ -24,10 +24,10 @@ import timm
 import torch
 
 import semivim  # noqa: F401  registers the models
-from semivim.data.evaluation import create_eval_loader
+from semivim.data.evaluation import EvaluationLoader
 from semivim.data.label_split import make_split
 from semivim.data.sources import open_source
-from semivim.data.streams import SslLoader, StepBatches, Views
+from semivim.data.streams import ImageStream, StreamLoader
 from semivim.data.views import View
 from semivim.task.semi_supervised import SemiSupervisedTask
 
@@ -57,16 +57,22 @@ class Trace(NamedTuple):
         return [self.top1[at], min(self.top1[at:]), self.top1[-1]]
 
 
-def load(seed: int, batch_size: int) -> tuple[SslLoader, torch.Tensor, torch.Tensor]:
+def load(seed: int, batch_size: int) -> tuple[StreamLoader, torch.Tensor, torch.Tensor]:
     """Batches of labelled and three times as many unlabelled digits, and the 500 test images with their labels."""
     source = open_source("embedded/digits", split="train")
     split = make_split(source.labels, 10, per_class=4, seed=seed)
     view = partial(View, (1, 32, 32), (0.5,), (0.5,))
     train_view = partial(view, scale=(0.6, 1.0), hflip=0.0, color_jitter=None)
-    views = Views(train_view(), train_view(), train_view(auto_augment="rand-m5-mstd0.5-inc1", re_prob=0.25))
-    loader = SslLoader(StepBatches(source, split, views, batch_size, 3 * batch_size, seed=seed))
+    strong_view = train_view(auto_augment="rand-m5-mstd0.5-inc1", re_prob=0.25)
+    stream = partial(ImageStream, source, labels=split.labels, seed=seed)
+    loader = StreamLoader(
+        [
+            stream(split.labelled, [train_view()], batch_size),
+            stream(split.unlabelled, [train_view(), strong_view], 3 * batch_size, stream=1),
+        ]
+    )
     test = open_source("embedded/digits", split="validation")
-    image, label = next(iter(create_eval_loader(test, view(is_training=False, crop_pct=1.0), len(test))))
+    image, label = next(iter(EvaluationLoader(test, view(is_training=False, crop_pct=1.0), len(test))))
     return loader, image, label
 
 
@@ -92,9 +98,9 @@ def run(
     batches = loader.steps()
 
     def step(task: SemiSupervisedTask) -> None:
-        batch = next(batches)
+        labelled, unlabelled = next(batches)
         task.train()
-        task(*batch.labelled, batch.unlabelled.weak, batch.unlabelled.strong)["loss"].backward()
+        task(*labelled.views, labelled.label, *unlabelled.views)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 

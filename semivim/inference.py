@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import timm
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 
 from semivim.data import ImageSource, View, open_unlabelled_folder
-from semivim.data.evaluation import EvaluationImages
 from semivim.hub.hub import check_repo_id
 from semivim.hub.hub_session import fetch, hub_session
 from semivim.hub.model_folder import MODEL_FILES, load_folder
@@ -107,7 +105,8 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
         raise UserError("model: it has 0 classes, wanted a classifier")
     if not 1 <= topk <= len(names):
         raise UserError(f"topk: wanted 1 to {len(names)}, got {topk}")
-    images = _evaluation_view(model, ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)]))
+    source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)])
+    images = _evaluation_view(model, source.image(0), str(image_path))
     with torch.inference_mode():
         logits = model(images)[0].float()
     if not logits.isfinite().all():
@@ -116,15 +115,12 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
     return [(names[i], c) for i, c in zip(index.tolist(), confidence.tolist(), strict=True)]
 
 
-def _evaluation_view(model: nn.Module, source: ImageSource) -> Tensor:
-    """The first image as the model's evaluation sees it, ``(1, c, h, w)``."""
-    image = source.image(0)
-    decoded = ImageSource(lambda _: image, [-1])
+def _evaluation_view(model: nn.Module, image: Image.Image, name: str) -> Tensor:
+    """An image as the model's evaluation sees it, ``(1, c, h, w)``."""
     try:
         view = View(**resolve_input_data_config(model), is_training=False)
-        return EvaluationImages(decoded, view, np.arange(1)).__getitems__([0]).image
+        return view.load(view([image], [0]), torch.device("cpu"))
     except UNREADABLE as error:
-        name = source.describe(0)
         raise UserError(f"model: its pretrained_cfg cannot prepare {name}: {one_line(error)}") from error
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from semivim.data import UnreadableImageError, View, create_eval_loader, open_source
+from semivim.data import EvaluationLoader, UnreadableImageError, View, open_source
 from semivim.inference import find_images, load_model, predict
 from tests.run_folder import CLASSES, write_run
 
@@ -53,7 +53,7 @@ def test_a_turned_photo_is_seen_as_evaluation_sees_it(
     photo.save(path, exif=exif)
     view = View(**timm.data.resolve_input_data_config(model), is_training=False)
     source = open_source("", str(tmp_path), "validation")
-    (batch,) = create_eval_loader(source, view, batch_size=1)
+    (batch,) = EvaluationLoader(source, view, batch_size=1)
     with torch.inference_mode():
         wanted = model(batch.image).softmax(-1)[0]
     found = predict(model, path)

@@ -383,7 +383,7 @@ def image(self, position):
     return read(self, position)
 
 def checked_step(task, batches, *args, **options):
-    assert [len(b.labelled.image) for b in batches] == [2]
+    assert [len(labelled.label) for labelled, _ in batches] == [2]
     first, second = of_all_ranks(torch.rand(4).tolist())
     assert first != second, "ranks draw the same random numbers"
     return step(task, batches, *args, **options)

@@ -1,6 +1,6 @@
 """Images, label splits, views and mixing for semi-supervised training."""
 
-from semivim.data.evaluation import LabelledBatch, create_eval_loader
+from semivim.data.evaluation import EvaluationLoader, LabelledBatch
 from semivim.data.label_split import LabelSplit, complete_split, load_split, make_split, save_split
 from semivim.data.list_files import ListedImages, read_list, split_from_lists
 from semivim.data.sources import (
@@ -19,25 +19,23 @@ from semivim.data.ssmixup import (
     mixing_weight,
     pair_retained,
 )
-from semivim.data.streams import SslBatch, SslLoader, StepBatches, UnlabelledBatch, Views
+from semivim.data.streams import Batch, ImageStream, StreamLoader
 from semivim.data.views import View
 
 __all__ = [
+    "Batch",
+    "EvaluationLoader",
     "ImageSource",
+    "ImageStream",
     "LabelSplit",
     "LabelledBatch",
     "ListedImages",
     "MixedBatch",
-    "SslBatch",
-    "SslLoader",
-    "StepBatches",
-    "UnlabelledBatch",
+    "StreamLoader",
     "UnreadableImageError",
     "View",
-    "Views",
     "check_sources",
     "complete_split",
-    "create_eval_loader",
     "join_sources",
     "load_split",
     "make_split",

@@ -1,5 +1,6 @@
-"""Images with labels, each once, for evaluation."""
+"""Evaluation batches: every image with its label, once."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,18 +8,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from semivim.data.prefetch import prefetch
 from semivim.data.sources import ImageSource
-from semivim.data.views import View, _private_randomness
+from semivim.data.views import Pixels, View
+from semivim.utils.user_error import UserError
 
 
 class LabelledBatch(NamedTuple):
-    """Images with labels."""
+    """Images with labels, on the device."""
 
-    image: Tensor  # (b, c, h, w)
+    image: Tensor  # (b, c, h, w), float32
     label: Tensor  # (b,), int64
 
 
-class EvaluationImages(Dataset):
+class _Images(Dataset):
     """Images with labels in one fixed view; an unreadable one is an error."""
 
     def __init__(self, source: ImageSource, view: View, positions: np.ndarray) -> None:
@@ -27,51 +30,63 @@ class EvaluationImages(Dataset):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitems__(self, places: list[int]) -> LabelledBatch:
+    def __getitems__(self, places: list[int]) -> tuple[Pixels, Tensor]:
         index = self.positions[places]
         images = [self.source.image(int(position)) for position in index]
-        with _private_randomness():
-            return LabelledBatch(self.view(images, [0] * len(images)), torch.from_numpy(self.source.labels[index]))
+        return self.view(images, [0] * len(images)), torch.from_numpy(self.source.labels[index])
 
 
-def create_eval_loader(
-    source: ImageSource,
-    view: View,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
-    """Give every image with its label exactly once, over all ranks together.
+class EvaluationLoader:
+    """Yields every image with its label exactly once, over all ranks together, in each iteration.
 
     Args:
         source: Images, all with known labels.
         view: A view with ``is_training=False``.
         batch_size: Images of one batch; the last one may be smaller.
+        device: Where batches go.
         num_workers: Worker processes; 0 loads in this process.
-        pin_memory: Put batches into page-locked memory.
+        pin_memory: Load batches into page-locked memory, so that copies to a GPU overlap with computation.
         rank: This process, which gets every ``world_size``-th image.
         world_size: Number of processes.
 
-    Returns:
-        A loader of ``LabelledBatch``.
-
     Raises:
-        ValueError: If an image has no known label.
+        UserError: If an image has no known label.
     """
-    unknown = np.flatnonzero(source.labels < 0)
-    if len(unknown):
-        raise ValueError(f"{len(unknown)} evaluation images have no label, the first is {source.describe(unknown[0])}")
-    positions = np.arange(rank, len(source), world_size)
-    return DataLoader(
-        EvaluationImages(source, view, positions),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_already_collated,
-    )
+
+    def __init__(
+        self,
+        source: ImageSource,
+        view: View,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        unknown = np.flatnonzero(source.labels < 0)
+        if len(unknown):
+            first = source.describe(unknown[0])
+            raise UserError(f"{len(unknown)} evaluation images have no label, the first is {first}")
+        self.view, self.device = view, torch.device(device)
+        self.loader = DataLoader(
+            _Images(source, view, np.arange(rank, len(source), world_size)),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=_already_collated,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        return prefetch(self.loader, self._move, self.device)
+
+    def _move(self, drawn: tuple[Pixels, Tensor]) -> LabelledBatch:
+        pixels, label = drawn
+        return LabelledBatch(self.view.load(pixels, self.device), label.to(self.device, non_blocking=True))
 
 
-def _already_collated(batch: Any) -> LabelledBatch:
+def _already_collated(batch: Any) -> tuple[Pixels, Tensor]:
     return batch

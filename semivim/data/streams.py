@@ -1,13 +1,13 @@
-"""Batches of labelled images and of unlabelled images in two views, by step number.
+"""Endless streams of images, and the loader that yields the batches of each step.
 
-A step's batch is a pure function of (seed, step, rank): each stream of images is the endless chain of its epochs, each
-a permutation drawn from (seed, epoch), and a step takes the next images of it. Every image's augmentation is drawn from
+A step's batch is a pure function of (seed, step, rank): each stream is the endless chain of its epochs, each a
+permutation drawn from (seed, epoch), and a step takes the next images of it. Every image's augmentation is drawn from
 (seed, epoch, image). So the batches are the same for any number of workers, ranks share each epoch without overlap, and
 a run continues exactly from nothing but its step number.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -17,37 +17,28 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from semivim.data.evaluation import LabelledBatch
-from semivim.data.label_split import LabelSplit
+from semivim.data.prefetch import prefetch
 from semivim.data.sources import ImageSource, UnreadableImageError
-from semivim.data.views import View, _private_randomness
+from semivim.data.views import Pixels, View
 
 _logger = logging.getLogger(__name__)
+
 _MAX_CONSECUTIVE_UNREADABLE = 100
 
 
-class Views(NamedTuple):
-    """The three ways a semi-supervised step looks at images."""
+class Batch(NamedTuple):
+    """One stream's images of a step, on the device."""
 
-    labelled: View
-    weak: View
-    strong: View
-
-
-class UnlabelledBatch(NamedTuple):
-    """Images in two independent views; the labels serve statistics only."""
-
-    weak: Tensor  # (b, c, h, w)
-    strong: Tensor  # (b, c, h, w)
-    label: Tensor  # (b,), int64, -1 where unknown
+    views: tuple[Tensor, ...]  # one (b, c, h, w), float32, for each view of the stream
+    label: Tensor | None  # (b,), int64, -1 where unknown; None in a stream without labels
 
 
-class SslBatch(NamedTuple):
-    """What one step trains on."""
+class DrawnBatch(NamedTuple):
+    """One stream's images of a step, as a worker process draws them."""
 
-    labelled: LabelledBatch
-    unlabelled: UnlabelledBatch | None
-    skipped: Tensor  # (s,), int64, positions of unreadable images that others were taken for
+    views: tuple[Pixels, ...]
+    label: Tensor | None
+    skipped: Tensor  # (s,), int64, positions of unreadable images that others replaced
 
 
 class EndlessOrder:
@@ -62,6 +53,8 @@ class EndlessOrder:
     def __init__(self, positions: np.ndarray, seed: int, stream: int) -> None:
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
+        if not len(positions):
+            raise ValueError("positions must name at least one image, got none")
         self.positions, self.seed, self.stream = positions, seed, stream
         self._cached: dict[int, np.ndarray] = {}
 
@@ -76,83 +69,74 @@ class EndlessOrder:
         return epoch, int(self._cached[epoch][offset])
 
 
-class StepBatches(Dataset):
-    """The batch of every step, by its number; see the module's text.
+class ImageStream(Dataset):
+    """The batch of every step, by the number of the step; see the module docstring.
 
     Args:
-        source: The training set's images.
-        split: Which of them are labelled, as what, and which are used without labels.
-        views: How they are seen.
-        batch_size: Labelled images of one rank's step.
-        unlabelled_batch_size: Unlabelled images of one rank's step; 0 for purely supervised steps.
+        source: Where the images are.
+        positions: The images of the stream, ``(n,)``, int64.
+        views: Views of each image, drawn independently.
+        batch_size: Images of one rank's step.
+        labels: Class of every image of the source, -1 where unknown; None for batches without labels.
         seed: Seed of order and augmentation.
+        stream: Number of this stream among those of one seed; each has its own order and augmentation.
         rank: This process.
         world_size: Number of processes.
+
+    Raises:
+        ValueError: If there are no positions, an argument is out of range, or the labels are not one for each image.
     """
 
     def __init__(
         self,
         source: ImageSource,
-        split: LabelSplit,
-        views: Views,
+        positions: np.ndarray,
+        views: Sequence[View],
         batch_size: int,
-        unlabelled_batch_size: int,
+        *,
+        labels: np.ndarray | None = None,
         seed: int = 42,
+        stream: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1 or unlabelled_batch_size < 0:
-            raise ValueError(
-                f"batch_size must be at least 1 and unlabelled_batch_size at least 0, "
-                f"got {batch_size} and {unlabelled_batch_size}"
-            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
-        if len(split.labels) != len(source):
-            raise ValueError(f"split covers {len(split.labels)} images, the source has {len(source)}")
-        if unlabelled_batch_size and not len(split.unlabelled):
-            raise ValueError(
-                f"no unlabelled image is left: all {len(split.labelled)} are labelled; label fewer, add unlabelled "
-                f"ones (--unlabeled-dir, --unlabeled-include-labeled) or train with --ssl-method supervised"
-            )
-        self.source, self.split, self.views = source, split, views
-        self.batch_size, self.unlabelled_batch_size = batch_size, unlabelled_batch_size
+        if labels is not None and len(labels) != len(source):
+            raise ValueError(f"there are labels for {len(labels)} images, the source has {len(source)}")
+        self.source, self.views, self.batch_size, self.labels = source, tuple(views), batch_size, labels
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.labelled = EndlessOrder(split.labelled, seed, stream=0)
-        self.unlabelled = EndlessOrder(split.unlabelled, seed, stream=1)
+        self.order = EndlessOrder(positions, seed, stream)
 
-    def __getitem__(self, step: int) -> SslBatch:
-        with _private_randomness():
-            skipped: list[int] = []
-            images, seeds, index = self._draw(self.labelled, step, self.batch_size, skipped)
-            label = torch.from_numpy(self.split.labels[index])
-            labelled = LabelledBatch(self.views.labelled(images, seeds), label)
-            unlabelled = None
-            if self.unlabelled_batch_size:
-                images, seeds, index = self._draw(self.unlabelled, step, self.unlabelled_batch_size, skipped)
-                unlabelled = UnlabelledBatch(
-                    weak=self.views.weak(images, seeds),
-                    strong=self.views.strong(images, [seed + 2 for seed in seeds]),
-                    label=torch.from_numpy(self.split.labels[index]),
-                )
-        return SslBatch(labelled, unlabelled, torch.tensor(skipped, dtype=torch.int64))
+    def __getitem__(self, step: int) -> DrawnBatch:
+        skipped: list[int] = []
+        images, seeds, index = self._read(step, skipped)
+        # A view takes two seeds for an image: the given one, and the next for random erasing.
+        views = tuple(view(images, [seed + 2 * i for seed in seeds]) for i, view in enumerate(self.views))
+        label = None if self.labels is None else torch.from_numpy(self.labels[index])
+        return DrawnBatch(views, label, torch.tensor(skipped, dtype=torch.int64))
 
-    def _draw(
-        self, order: EndlessOrder, step: int, batch_size: int, skipped: list[int]
-    ) -> tuple[list[Image.Image], list[int], list[int]]:
+    def load(self, drawn: DrawnBatch, device: torch.device) -> Batch:
+        """Copy a batch to the device and normalise and erase it there."""
+        views = tuple(view.load(pixels, device) for view, pixels in zip(self.views, drawn.views, strict=True))
+        return Batch(views, None if drawn.label is None else drawn.label.to(device, non_blocking=True))
+
+    def _read(self, step: int, skipped: list[int]) -> tuple[list[Image.Image], list[int], list[int]]:
         """Decode one rank's images of a step; an unreadable one is replaced by the next of the order that is not."""
-        first = (step * self.world_size + self.rank) * batch_size
+        first = (step * self.world_size + self.rank) * self.batch_size
         images, seeds, index = [], [], []
-        for place in range(first, first + batch_size):
+        for place in range(first, first + self.batch_size):
             for attempt in range(_MAX_CONSECUTIVE_UNREADABLE):
-                epoch, position = order[place + attempt]
+                epoch, position = self.order[place + attempt]
                 try:
                     images.append(self.source.image(position))
                 except UnreadableImageError as error:
                     skipped.append(position)
                     last_error = error
                     continue
-                seeds.append(_mix_seed(self.seed, order.stream, epoch, position))
+                seeds.append(_mix_seed(self.seed, self.order.stream, epoch, position))
                 index.append(position)
                 break
             else:
@@ -160,6 +144,16 @@ class StepBatches(Dataset):
                     f"{_MAX_CONSECUTIVE_UNREADABLE} images in a row cannot be read; the last: {last_error}"
                 ) from last_error
         return images, seeds, index
+
+
+class _Steps(Dataset):
+    """The batches of all streams, by the number of the step."""
+
+    def __init__(self, streams: Sequence[ImageStream]) -> None:
+        self.streams = streams
+
+    def __getitem__(self, step: int) -> tuple[DrawnBatch, ...]:
+        return tuple(stream[step] for stream in self.streams)
 
 
 class _StepsFrom(Sampler):
@@ -170,37 +164,56 @@ class _StepsFrom(Sampler):
         return count(self.start_step)
 
 
-class SslLoader:
-    """Loads the batches of consecutive steps, in worker processes or in this one.
+class StreamLoader:
+    """Loads the batches of consecutive steps, in worker processes or in this one, onto the device.
 
     Args:
-        batches: The batch of every step.
+        streams: The streams that each step takes a batch of, all of one source.
+        device: Where batches go.
         num_workers: Worker processes; 0 loads in this process.
-        pin_memory: Put batches into page-locked memory.
+        pin_memory: Load batches into page-locked memory, so that copies to a GPU overlap with computation.
 
     Attributes:
-        unreadable: Times each unreadable image was skipped, by its position, so far.
+        unreadable: Times each unreadable image was skipped, by its position, in the batches yielded so far.
+
+    Raises:
+        ValueError: If the streams have several sources.
     """
 
-    def __init__(self, batches: StepBatches, num_workers: int = 0, pin_memory: bool = False) -> None:
-        self.batches, self.num_workers, self.pin_memory = batches, num_workers, pin_memory
+    def __init__(
+        self,
+        streams: Sequence[ImageStream],
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.source = streams[0].source
+        if any(stream.source is not self.source for stream in streams):
+            raise ValueError("streams must share one source, whose positions count unreadable images; got several")
+        self.streams, self.device = tuple(streams), torch.device(device)
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.unreadable: dict[int, int] = {}
 
-    def steps(self, start_step: int = 0) -> Iterator[SslBatch]:
-        """Give the batches of ``start_step`` and all that follow, without end."""
+    def steps(self, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
+        """Yield the batches of ``start_step`` and all later steps, one for each stream, without end."""
         loader = DataLoader(
-            self.batches,
+            _Steps(self.streams),
             batch_size=None,
             sampler=_StepsFrom(start_step),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
         )
-        for batch in loader:
-            for position in batch.skipped.tolist():
+        # Counted only when the batch is used: a resumed run loads the prefetched batch again.
+        for batches, skipped in prefetch(loader, self._move, self.device):
+            for position in skipped:
                 if position not in self.unreadable:
-                    _logger.warning("skipped unreadable %s", self.batches.source.describe(position))
+                    _logger.warning("skipped unreadable %s", self.source.describe(position))
                 self.unreadable[position] = self.unreadable.get(position, 0) + 1
-            yield batch
+            yield batches
+
+    def _move(self, drawn: tuple[DrawnBatch, ...]) -> tuple[tuple[Batch, ...], list[int]]:
+        batches = tuple(stream.load(part, self.device) for stream, part in zip(self.streams, drawn, strict=True))
+        return batches, [position for part in drawn for position in part.skipped.tolist()]
 
 
 def _mix_seed(*parts: int) -> int:

@@ -1,9 +1,14 @@
-"""Views: decoded images become normalised tensors."""
+"""Views: decoded images become uint8 pixels in a worker process, and normalised float32 input on the device.
+
+Everything random about an image's view is drawn from that image's own seed, in the worker. So the view does not depend
+on the number of workers, the other images of the batch, the rank or the device.
+"""
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +21,16 @@ from torch import Tensor
 _IMAGE_MODE = {1: "L", 3: "RGB"}
 
 
+class Pixels(NamedTuple):
+    """Images in one view, before normalisation, and the boxes that random erasing fills after it."""
+
+    pixels: Tensor  # (b, c, h, w), uint8
+    boxes: Tensor  # (n, 5), int64: image, top, left, height and width of each erased box, in pixels
+    fill: Tensor  # (m,), float32: the boxes' values one after another, (c, height, width) or (c, 1, 1) each
+
+
 class View:
-    """A way to turn decoded images into normalised float tensors.
+    """Turns decoded images into model input, in two steps: :meth:`__call__` in a worker, :meth:`load` on the device.
 
     Args:
         input_size: (channels, height, width), 1 or 3 channels; images are converted to grey or RGB.
@@ -29,6 +42,9 @@ class View:
         re_count: Largest number of erased boxes.
         **transform: timm's ``create_transform`` arguments (scale, ratio, hflip, vflip, color_jitter, auto_augment,
             interpolation, crop_pct, ...).
+
+    Raises:
+        ValueError: If there are not 1 or 3 channels, or not one mean and one standard deviation for each.
     """
 
     def __init__(
@@ -49,32 +65,104 @@ class View:
         if len(mean) != channels or len(std) != channels:
             raise ValueError(f"mean and std must have {channels} values, got {len(mean)} and {len(std)}")
         self.mode = _IMAGE_MODE[channels]
-        # Ends in uint8 pixels; a whole batch is normalised at once, then erased.
-        self.pixels = create_transform(
+        self.mean, self.std = tuple(mean), tuple(std)
+        # With use_prefetcher the transform ends in uint8 pixels, and leaves normalisation and erasing to the device.
+        self.transform = create_transform(
             input_size, is_training=is_training, use_prefetcher=True, mean=mean, std=std, **transform
         )
-        _keep_one_bit(self.pixels)
-        self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
-        self.std = torch.tensor(std).view(-1, 1, 1) * 255
+        _keep_one_bit(self.transform)
         self.erasing = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu") if re_prob else None
 
-    def __call__(self, images: list[Image.Image], seeds: list[int]) -> Tensor:
-        """Draw the view of every image from its own seed, ``(len(images), channels, height, width)``, float32."""
-        pixels = []
-        for image, seed in zip(images, seeds, strict=True):
-            _seed_all(seed)
-            pixels.append(self.pixels(image if image.mode == self.mode else image.convert(self.mode)))
-        batch = torch.stack(pixels).float().sub_(self.mean).div_(self.std)
+    def __call__(self, images: list[Image.Image], seeds: list[int]) -> Pixels:
+        """Draw the view of every image from its own seed; the process's random generators keep their state."""
+        pixels, boxes, fill = [], [], [torch.empty(0)]
+        with _generators_restored():
+            for i, (image, seed) in enumerate(zip(images, seeds, strict=True)):
+                _seed_generators(seed)
+                pixels.append(self.transform(image if image.mode == self.mode else image.convert(self.mode)))
+                if self.erasing is not None:
+                    _seed_generators(seed + 1)
+                    erased = _ErasedBoxes(pixels[-1].shape)
+                    self.erasing(erased)
+                    boxes += [(i, *box) for box in erased.boxes]
+                    fill += erased.fill
+        return Pixels(torch.stack(pixels), torch.tensor(boxes, dtype=torch.int64).view(-1, 5), torch.cat(fill))
+
+    def load(self, drawn: Pixels, device: torch.device) -> Tensor:
+        """Copy a batch to a device, without waiting for the copy, and normalise and erase it there.
+
+        Returns:
+            ``(b, c, h, w)``, float32, bit-identical on every device.
+        """
+        pixels, fill = (part.to(device, non_blocking=True) for part in (drawn.pixels, drawn.fill))
+        images = normalise(pixels, _per_channel(self.mean, device), _per_channel(self.std, device))
         if self.erasing is not None:
-            for row, seed in zip(batch, seeds, strict=True):
-                _seed_all(seed + 1)
-                self.erasing(row)
-        return batch
+            images = erase(images, drawn.boxes, fill, per_pixel=self.erasing.per_pixel)
+        return images
 
 
-def _keep_one_bit(pixels: Any) -> None:
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std.
+
+    Args:
+        pixels: x, ``(b, c, h, w)``, uint8.
+        mean: ``(c, 1, 1)``, float32, in the unit of the pixels.
+        std: ``(c, 1, 1)``, float32, likewise.
+
+    Returns:
+        ``(b, c, h, w)``, float32.
+    """
+    return pixels.float().sub_(mean).div_(std)
+
+
+def erase(images: Tensor, boxes: Tensor, fill: Tensor, per_pixel: bool) -> Tensor:
+    """Overwrite boxes of images, in order: a later box covers an earlier one.
+
+    Args:
+        images: ``(b, c, h, w)``, float32, on any device; changed in place.
+        boxes: ``(n, 5)``, int64, in host memory: image, top, left, height and width.
+        fill: ``(m,)``, float32, on the device of ``images``: values of the boxes one after another.
+        per_pixel: Whether a box has a value for each of its pixels and channels, or one for each channel.
+
+    Returns:
+        ``images``.
+    """
+    channels, start = images.shape[1], 0
+    for i, top, left, height, width in boxes.tolist():
+        shape = (channels, height, width) if per_pixel else (channels, 1, 1)
+        values = fill[start : (start := start + shape[0] * shape[1] * shape[2])].view(shape)
+        images[i, :, top : top + height, left : left + width] = values
+    return images
+
+
+class _ErasedBoxes:
+    """Takes the place of an image in timm's RandomErasing, and records what timm would write into it."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.boxes: list[tuple[int, int, int, int]] = []
+        self.fill: list[Tensor] = []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, box: tuple[slice, slice, slice], values: Tensor) -> None:
+        _, rows, columns = box
+        self.boxes.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+        self.fill.append(values.flatten())
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values for pixels in [0, 255], ``(c, 1, 1)``; cached, because the copy to a device waits for that device."""
+    return (torch.tensor(values).view(-1, 1, 1) * 255).to(device)
+
+
+def _keep_one_bit(transform: Any) -> None:
     """Let timm's posterize keep at least one bit: with none the image is black, and Pillow 13 refuses to draw it."""
-    for step in getattr(pixels, "transforms", ()):
+    for step in getattr(transform, "transforms", ()):
         if isinstance(step, RandAugment):
             operations = list(step.ops)
         elif isinstance(step, AutoAugment):
@@ -94,7 +182,7 @@ class _AtLeastOneBit:
         return (max(1, self.level_fn(level, hparams)[0]),)
 
 
-def _seed_all(seed: int) -> None:
+def _seed_generators(seed: int) -> None:
     """Seed the three generators that timm's and torchvision's transforms draw from."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -102,8 +190,8 @@ def _seed_all(seed: int) -> None:
 
 
 @contextmanager
-def _private_randomness() -> Iterator[None]:
-    """Leave the process's generators as they were: drop path must not depend on where images are loaded."""
+def _generators_restored() -> Iterator[None]:
+    """Restore the process's generators: dropout must not depend on which process draws the views."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -208,6 +208,11 @@ def add_misc_flags(parser: Parser) -> None:
     parser.checks.append(_check_misc)
 
 
+def loader_kwargs(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Arguments of the loaders that bring batches to ``device``."""
+    return {"device": device, "num_workers": args.workers, "pin_memory": args.pin_mem}
+
+
 def _check_misc(parser: Parser, args: argparse.Namespace) -> None:
     parser.refuse_unread(args, {"--log-wandb": (args.log_wandb, "wandb_project")})
     if args.log_wandb and importlib.util.find_spec("wandb") is None:

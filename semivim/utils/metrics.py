@@ -84,11 +84,14 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     train_counts: Sequence[int],
 ) -> dict[str, Any]:
-    """Metrics (see :meth:`ClassificationMetrics.compute`) of a model, in eval mode, over the images of all ranks."""
+    """Metrics (see :meth:`ClassificationMetrics.compute`) of a model, in eval mode, over the images of all ranks.
+
+    The loader yields images and labels on ``device``.
+    """
     model.eval()
     metrics = ClassificationMetrics(num_classes, device)
     for image, label in loader:
         with autocast():
-            logits = model(image.to(device))
-        metrics.update(logits, label.to(device))
+            logits = model(image)
+        metrics.update(logits, label)
     return metrics.compute(train_counts)

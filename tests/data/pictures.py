@@ -24,6 +24,7 @@ class Pictures:
 
 
 def numbered(num_labelled=7, num_unlabelled=30, unreadable=()):
+    """A source of pictures of two classes in turn, the first ones labelled."""
     n = num_labelled + num_unlabelled
     source = ImageSource(Pictures(unreadable=unreadable), np.arange(n) % 2)
     return source, complete_split(source.labels, 2, np.arange(num_labelled))
