@@ -193,7 +193,12 @@ def add_misc_flags(parser: Parser) -> None:
     )
     group.add_argument("--checkpoint-hist", type=COUNT, default=10, help="checkpoints kept")
     group.add_argument("-j", "--workers", type=COUNT_OR_NONE, default=4, help="loader processes per device")
-    group.add_argument("--pin-mem", action="store_true", help="pin host memory")
+    group.add_argument(
+        "--pin-mem",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load into page-locked memory, from which a GPU copies while it computes",
+    )
     group.add_argument("--output", default="", metavar="DIR", help="folder of runs, else ./output/train")
     group.add_argument("--experiment", default="", metavar="NAME", help="run name under --output, else time and model")
     group.add_argument("--log-wandb", action="store_true", help="log epochs to Weights & Biases as well")
@@ -210,7 +215,7 @@ def add_misc_flags(parser: Parser) -> None:
 
 def loader_kwargs(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Arguments of the loaders that bring batches to ``device``."""
-    return {"device": device, "num_workers": args.workers, "pin_memory": args.pin_mem}
+    return {"device": device, "num_workers": args.workers, "pin_memory": args.pin_mem and device.type == "cuda"}
 
 
 def _check_misc(parser: Parser, args: argparse.Namespace) -> None:

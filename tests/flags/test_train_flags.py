@@ -54,6 +54,14 @@ def test_shared_flags_have_timms_defaults(parser):
     assert {key: args[key] for key in TIMM} == TIMM
 
 
+@pytest.mark.parametrize(("words", "pinned"), [([], True), (["--pin-mem"], True), (["--no-pin-mem"], False)])
+def test_only_batches_for_a_gpu_are_loaded_into_page_locked_memory(parser, words, pinned):
+    args = parser.parse_args(["-j", "3", *words])
+    for device, pin_memory in (("cuda", pinned), ("cpu", False)):
+        wanted = {"device": torch.device(device), "num_workers": 3, "pin_memory": pin_memory}
+        assert train_flags.loader_kwargs(args, torch.device(device)) == wanted
+
+
 def test_every_flag_explains_itself_on_one_page(parser):
     assert [a.dest for a in parser._actions if not a.help] == []
     parse_flags(parser, [])
