@@ -202,7 +202,7 @@ def _backward_states(call, side, place, first, end, s):
         _load_states(call, place, s)
         at = (vector - first) * CHUNK * WIDTH
         dt, entering, y, dy = place.dt + at, place.input + at, place.y + at, place.dy + at
-        a_at = side.A + s * a_state + 4 * place.c
+        a_at = side.rates + s * a_state + 4 * place.c
         _recompute_states(a_at, a_state, place.decays, place.states, bc, row, dt, entering, y, count)
         g = place.h + (vector * call.padded + s) * WIDTH
         of_states = (place.image * call.directions + place.direction) * call.padded + s

@@ -14,6 +14,7 @@ from .subnormals_numba import flush_subnormals, restore_float_mode
 from .vector_numba import (
     FLOAT32,
     LANES,
+    LOG2_E,
     SOURCE,
     WIDTH,
     compiled,
@@ -28,6 +29,7 @@ from .vector_numba import (
     splat,
     splat_at,
     store,
+    store_float,
     store_lanes,
 )
 
@@ -36,18 +38,19 @@ VECTORS = 4  # of channels in a block
 BLOCK = VECTORS * LANES
 TOGETHER = 4  # states that run over a chunk together
 
-# One direction: addresses of operands, their strides in bytes, and of contiguous gradients. A is transposed to (n, d),
-# padded with zeros to whole vectors and to `padded` states, and holds log2(e) A.
+# One direction: addresses of operands, their strides in bytes, and of contiguous gradients. A, D, delta_bias and their
+# gradients are dense float32. `rates` holds log2(e) A, transposed to (n, d) and padded with zeros to `padded` states
+# and whole vectors.
 DIRECTION = record(
     *(f"{tensor}{part}" for tensor in ("u", "delta", "bc") for part in ("", "_image", "_token")),
-    *("A", "D", "delta_bias", "reverse", "du", "ddelta", "dbc"),
+    *("A", "rates", "D", "delta_bias", "reverse", "du", "ddelta", "dbc", "dA", "dD", "dbias"),
 )
 # What all directions share; z and mix are 0 where absent. `total` and `mixed`: float32 (b, l, d), what the directions
 # before the last one add to the gated and to the ungated sum. `sums`: float32 sums of the gradients of bc over each
 # block's channels, (b, blocks, directions, l, 2, padded). dA, dD, dbias: float32 sums over tokens per image.
 CALL = record(
-    *("tokens", "channels", "lanes", "blocks", "n", "padded", "directions", "softplus", "size", "states", "mix"),
-    *("z", "z_image", "z_token", "out", "grad", "grad_image", "grad_token", "dz", "total", "mixed"),
+    *("images", "tokens", "channels", "lanes", "blocks", "n", "padded", "directions", "softplus", "size"),
+    *("states", "mix", "z", "z_image", "z_token", "out", "grad", "grad_image", "grad_token", "dz", "total", "mixed"),
     *("sums", "dA", "dD", "dbias", SOURCE),
     scale=np.float64,
 )
@@ -62,6 +65,43 @@ PLACE = record(
 def padded_states(n: int) -> int:
     """Return the number of states that weights and sums have room for."""
     return 2 if n == 1 else -(-n // TOGETHER) * TOGETHER  # one state: four sums fill the rows of B and C
+
+
+@compiled
+def transpose_rates(calls, sides):
+    """Write `rates` of every direction."""
+    call = calls[0]
+    for direction in range(call.directions):
+        side = sides[direction]
+        for at in range(side.rates, side.rates + call.padded * call.lanes * 4, WIDTH):
+            store(at, splat(0.0))
+        for channel in range(call.channels):
+            for s in range(call.n):
+                rate = load_float(side.A + (channel * call.n + s) * 4) * np.float32(LOG2_E)
+                store_float(side.rates + (s * call.lanes + channel) * 4, rate)
+
+
+@compiled
+def sum_images(calls, sides):
+    """Write the gradients of A, D and the bias of delta: the sums over images, in their order."""
+    call = calls[0]
+    row = call.lanes * 4
+    for direction in range(call.directions):
+        side = sides[direction]
+        for s in range(call.n + 2):
+            rows, first, out, step = call.padded, call.dA + s * row, side.dA + s * 4, call.n * 4
+            if s == call.n:
+                rows, first, out, step = 1, call.dD, side.dD, 4
+            if s == call.n + 1:
+                rows, first, out, step = 1, call.dbias, side.dbias, 4
+            first += direction * rows * row
+            for c in range(0, row, WIDTH):
+                total = load(first + c)
+                for image in range(1, call.images):
+                    total = total + load(first + c + image * call.directions * rows * row)
+                store(first + c, total)
+            for channel in range(call.channels):
+                store_float(out + channel * step, load_float(first + channel * 4))
 
 
 def forward_scratch(blocks: int, padded: int) -> dict[str, int]:
@@ -274,7 +314,7 @@ def _forward_vector(kind, call, side, place):
     row, a_state = call.padded * 4, call.lanes * 4
     h = place.h + place.vector * call.padded * WIDTH
     for s in range(0, call.padded, TOGETHER):
-        a_at = side.A + s * a_state + 4 * place.c
+        a_at = side.rates + s * a_state + 4 * place.c
         _run_states(a_at, a_state, h + s * WIDTH, place.bc + 4 * s, row, place.dt, place.input, place.y, place.count)
     _store_states(call, place, h)
     _finish_forward(kind, call, side, place)

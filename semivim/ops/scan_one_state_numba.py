@@ -68,7 +68,7 @@ def _copy_weights(call, side, place):
     for vector in range(place.vectors):
         enter_vector(call, place, vector)
         at = place.weights + vector * _WEIGHTS
-        store(at, load(side.A + 4 * place.c))
+        store(at, load(side.rates + 4 * place.c))
         store(at + WIDTH, weight(side.delta_bias, place))
         store(at + 2 * WIDTH, weight(side.D, place))
 

@@ -1,6 +1,6 @@
 import torch
 
-from semivim.ops.launch_numba import dense_rows, filled, unavailable
+from semivim.ops.launch_numba import Fields, dense_rows, records, unavailable
 from semivim.ops.vector_numba import record
 
 
@@ -18,7 +18,15 @@ def test_rows_are_copied_only_where_their_last_dimension_is_not_dense():
     assert torch.equal(dense_rows(x, torch.bfloat16), x.bfloat16())
 
 
-def test_a_record_holds_the_values_of_its_fields_and_zeros():
+def test_records_hold_the_values_of_their_fields_and_zeros():
     kind = record("a", "b", "c")
-    row = filled(kind, c=1 << 40, a=-3)[0]
-    assert (row["a"], row["b"], row["c"]) == (-3, 0, 1 << 40)
+    rows = records(kind, Fields(c=1 << 40, a=-3), Fields(b=7))
+    assert [row.tolist() for row in rows] == [(-3, 0, 1 << 40), (0, 7, 0)]
+
+
+def test_fields_keep_the_tensors_they_point_to():
+    fields, x = Fields(), torch.randn(2, 5, 8)[..., ::2]
+    fields.describe("x", x, torch.float32)
+    (kept,) = fields.kept
+    assert torch.equal(kept, x) and kept.is_contiguous()
+    assert fields == {"x": kept.data_ptr(), "x_image": 5 * 4 * 4, "x_token": 4 * 4}

@@ -23,7 +23,7 @@ def run(mixer, x, mix=()):
     x = x.detach().requires_grad_()
     y = mixer(x, *mix)
     learned = {name: p for name, p in mixer.named_parameters() if p.requires_grad}
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32).to(y.dtype)
     return {"y": y, **dict(zip(("x", *learned), torch.autograd.grad(y, [x, *learned.values()], grad), strict=True))}
 
 
@@ -131,3 +131,14 @@ def test_the_decay_rate_is_computed_in_float32():
     assert decay_rate(A_log).dtype == torch.float32
     assert torch.equal(decay_rate(A_log), -A_log.float().exp())
     assert decay_rate(A_log.double()).dtype == torch.float64
+
+
+def test_another_default_dtype_changes_nothing():
+    mixer, x = make_mixer(), torch.randn(BATCH, TOKENS, DIM)
+    expected = run(mixer, x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = run(mixer, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
