@@ -11,9 +11,11 @@ rate of a large matrix product, each measured in the same run.
 
 import argparse
 import ctypes
+import platform
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from semivim.ops import Direction, scan_numba, selective_scan, vector_numba
+from semivim.ops import linear as products
 from semivim.ops.causal_conv import causal_conv
 from semivim.ops.linear import linear
 from semivim.ops.scan import scan
@@ -244,6 +247,32 @@ def stages(shape: tuple[int, int, int, int], repeats: int, limits: Limits) -> fl
     return result
 
 
+def processor() -> str:
+    """Return the processor's name, vendor and instruction set."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {products.vendor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def compare_products(repeats: int) -> None:
+    """Print oneDNN's time over that of torch's own product, at the sizes of Vim's projections."""
+    products._LEAST_WORK = 1  # in the backward as well
+    print(f"\n{'i, o':>12}{'tokens':>8}{'M mul-adds':>12}{'torch':>12}{'oneDNN':>8}{'+ backward':>12}{'oneDNN':>8}")
+    for i, o in ((192, 768), (384, 192), (384, 44), (64, 256), (128, 64)):
+        for tokens in (17, 197, 816, 1576, 6085):
+            operands = [torch.randn(tokens, i).requires_grad_(), torch.randn(o, i).requires_grad_()]
+            times = []
+            for call in (forward_only, both_passes):
+                # In turn, so that other work on the machine meets both.
+                own, other = call(F.linear, operands), call(products.product, operands)
+                pairs = [(least_s(own, 1), least_s(other, 1)) for _ in range(repeats)]
+                times.append([min(of) for of in zip(*pairs, strict=True)])
+            (a, b), (c, d) = times
+            print(f"{f'{i}, {o}':>12}{tokens:8}{tokens * i * o / 1e6:12.1f}", end="")
+            print(f"{a * 1e6:9.0f} us{b / a:7.2f}x{c * 1e6:9.0f} us{d / c:7.2f}x")
+
+
 def one_state(shape: tuple[int, int, int, int], repeats: int, limits: Limits) -> None:
     """Print what one state per channel takes beside four, without a gate, as VMamba scans a pair of directions."""
     b, l, d, _ = shape
@@ -264,14 +293,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=int, nargs=4, default=(8, 197, 384, 16), metavar=("b", "l", "d", "n"))
     parser.add_argument("--stages", action="store_true", help="only the stages of a block, without the slow peers")
+    parser.add_argument("--products", action="store_true", help="only oneDNN's matrix products against torch's own")
     parser.add_argument("--repeats", type=int, default=20, help="calls timed for the fast kernels")
     args = parser.parse_args()
     keep_memory()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     assert scan_numba.unavailable(torch.device("cpu")) is None
+    print(f"{processor()}, torch {torch.__version__}, one thread")
+    if args.products:
+        compare_products(args.repeats)
+        return
     limits = Limits(exps_per_s(), copy_bytes_per_s(), gemm_per_s(linear))
-    print(f"torch {torch.__version__}, one thread: {limits.exps / 1e9:.1f} G exponentials/s,", end=" ")
+    print(f"{limits.exps / 1e9:.1f} G exponentials/s,", end=" ")
     print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, GEMM {limits.gemm / 1e9:.0f} GFLOP/s", end=" ")
     print(f"(torch's own {gemm_per_s(F.linear) / 1e9:.0f})")
     shape = tuple(args.shape)

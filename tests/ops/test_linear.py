@@ -1,19 +1,27 @@
 """The oneDNN product against `torch.nn.functional.linear`, in value, gradients and where it must step aside."""
 
+import math
 import platform
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from semivim.ops.linear import linear
+from semivim.ops import linear as module
+from semivim.ops.linear import least_work, linear, vendor
 from tests.tolerance import assert_close
 
 SHAPES = [((8, 197, 192), 768), ((1, 700, 384), 44), ((3, 1, 12), 80), ((5, 7), 3), ((1, 1), 1), ((2, 3, 4, 70), 65)]
 on_x86 = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="torch takes oneDNN elsewhere"
 )
+
+
+@pytest.fixture(autouse=True)
+def every_size_by_onednn(monkeypatch):
+    monkeypatch.setattr(module, "_LEAST_WORK", 1)
 
 
 def operands(shape, out, dtype=torch.float32):
@@ -149,3 +157,39 @@ def test_a_wrong_width_is_torchs_error():
 def test_maps_over_a_batch():
     x, weight = operands((3, 9, 64), 80)
     assert_close("y", torch.func.vmap(linear, in_dims=(0, None))(x, weight), F.linear(x, weight))
+
+
+@on_x86
+def test_smaller_products_are_torchs_to_the_bit(monkeypatch):
+    x, weight = operands((3, 9, 64), 80)
+    monkeypatch.setattr(module, "_LEAST_WORK", 3 * 9 * 64 * 80)
+    assert "aten::conv2d" in kernels(lambda: linear(x, weight))
+    monkeypatch.setattr(module, "_LEAST_WORK", 3 * 9 * 64 * 80 + 1)
+    assert "aten::conv2d" not in kernels(lambda: linear(x, weight))
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_only_measured_processors_take_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for name, instructions, finite in (
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+        ("", "DEFAULT", False),
+    ):
+        monkeypatch.setattr(module, "vendor", lambda name=name: name)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda value=instructions: value)
+        assert (least_work() < math.inf) == finite, (name, instructions)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(module, "vendor", lambda: "AuthenticAMD")
+    assert least_work() == math.inf
+
+
+@pytest.mark.parametrize("name", ("AuthenticAMD", "GenuineIntel", ""))
+def test_vendor(monkeypatch, name):
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor\t: 0\nvendor_id\t: {name}\ncpu family\t: 25\n")
+    assert vendor() == name
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    monkeypatch.setattr(platform, "processor", lambda: f"Family 25 Model 33 Stepping 2, {name}")
+    assert vendor() == name
