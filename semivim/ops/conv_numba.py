@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import conv_kernels_numba as kernels
+from .eager import cast
 from .launch_numba import Fields, dense_float, records
 from .launch_numba import unavailable as unavailable
 from .threads import aligned_scratch, run_tasks
@@ -66,7 +67,7 @@ def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
     fields = _fields(x, weights, reverse, dtype)
     outputs = [fields.point("u_b" if back else "u", torch.empty(x.shape, dtype=dtype)) for back in reverse]
     _run(kernels.forward, fields, kernels.weights_scratch(fields["taps"]))
-    return [u.to(x.dtype) for u in outputs]
+    return [cast(u, x.dtype) for u in outputs]
 
 
 def backward(
@@ -87,5 +88,5 @@ def backward(
     fields.point("sums", torch.empty(x.shape[0], 2, taps + 1, fields["lanes"], dtype=torch.float32))
     call = _run(kernels.backward, fields, kernels.weights_scratch(taps) + kernels.ring_scratch(fields["ring"]))
     kernels.sum_images(call)
-    like_weights = [(dw.to(w.dtype), db.to(b.dtype)) for (dw, db), (w, b) in zip(gradients, weights, strict=True)]
-    return dx.to(x.dtype), like_weights
+    like_weights = [(cast(dw, w.dtype), cast(db, b.dtype)) for (dw, db), (w, b) in zip(gradients, weights, strict=True)]
+    return cast(dx, x.dtype), like_weights

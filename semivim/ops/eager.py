@@ -11,6 +11,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype; asking first costs a tenth of a call of `to` that has nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def is_eager(x: Tensor) -> bool:
     """Return whether an operation on x runs at once and nothing else looks at it.
 

@@ -5,6 +5,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .eager import cast
+
 
 def unavailable(device: torch.device) -> str | None:
     """Return why the numba kernels cannot run on a device, None if they can."""
@@ -15,13 +17,14 @@ def unavailable(device: torch.device) -> str | None:
 
 def dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor over tokens in a dtype, its last dimension dense."""
-    x = x.to(dtype)
+    x = cast(x, dtype)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def dense_float(x: Tensor) -> Tensor:
     """Return a tensor as dense float32."""
-    return x.to(torch.float32).contiguous()
+    x = cast(x, torch.float32)
+    return x if x.is_contiguous() else x.contiguous()
 
 
 class Fields(dict[str, int]):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends import choose
 from .causal_conv import causal_conv
-from .eager import differentiable_gradients
+from .eager import cast, differentiable_gradients
 from .linear import linear
 from .scan import scan
 from .scan_reference import Direction
@@ -50,7 +50,7 @@ def _product_dtype(xz: Tensor) -> torch.dtype:
 def _direction(u: Tensor, dbc: Tensor, w: DirectionWeights, reverse: bool) -> Direction:
     """Operands of one direction's scan, from its convolved tokens and their projection [dt | B | C]."""
     rank = w.dt_proj.shape[1]
-    delta = linear(dbc[..., :rank], w.dt_proj.to(dbc.dtype))
+    delta = linear(dbc[..., :rank], cast(w.dt_proj, dbc.dtype))
     return Direction(u, delta, dbc[..., rank:], decay_rate(w.A_log), w.D, w.dt_bias, reverse)
 
 
@@ -62,7 +62,7 @@ def _forward(
     conv, scan = (choose(op, "auto", xz.device, xz.dtype) for op in ("conv", "scan"))
     us = conv.forward(x, [(w.conv_weight, w.conv_bias) for w in weights], REVERSE)
     dtype = _product_dtype(xz)
-    dbcs = [linear(u.to(dtype), w.x_proj.to(dtype)) for u, w in zip(us, weights, strict=True)]
+    dbcs = [linear(cast(u, dtype), cast(w.x_proj, dtype)) for u, w in zip(us, weights, strict=True)]
     directions = [_direction(u, dbc, w, back) for u, dbc, w, back in zip(us, dbcs, weights, REVERSE, strict=True)]
     out, saved = scan.forward(directions, z, mix, scale, True)
     return out, saved, us, dbcs, (conv, scan)
@@ -103,7 +103,7 @@ class _Mixer(torch.autograd.Function):
         for f, of, dbc, w in zip(directions, gradients, dbcs, weights, strict=True):
             du, dx_proj, ddt_proj = _projections_backward(f, of, dbc, w)
             dus.append(du)
-            of_weights.append([dx_proj, ddt_proj, of.delta_bias, (of.A * f.A).to(w.A_log.dtype), of.D])
+            of_weights.append([dx_proj, ddt_proj, of.delta_bias, cast(of.A * f.A, w.A_log.dtype), of.D])
         dx, of_conv = conv.backward(dus, x, [(w.conv_weight, w.conv_bias) for w in weights], REVERSE)
         flat = [g for pair, rest in zip(of_conv, of_weights, strict=True) for g in (*pair, *rest)]
         return torch.cat([dx, dz], -1), None, None, *flat
@@ -123,11 +123,11 @@ def _projections_backward(
     """Gradients of u (the scan's and the projection's together), x_proj and dt_proj of one direction."""
     dtype, rank = dbc.dtype, w.dt_proj.shape[1]
     ddelta = of.delta.flatten(0, 1)
-    ddbc = torch.cat([ddelta @ w.dt_proj.to(dtype), of.bc.flatten(0, 1)], -1)
+    ddbc = torch.cat([ddelta @ cast(w.dt_proj, dtype), of.bc.flatten(0, 1)], -1)
     ddt_proj = ddelta.t() @ dbc[..., :rank].flatten(0, 1)
-    dx_proj = ddbc.t() @ f.u.flatten(0, 1).to(dtype)
-    du = of.u + (ddbc @ w.x_proj.to(dtype)).view_as(of.u)
-    return du, dx_proj.to(w.x_proj.dtype), ddt_proj.to(w.dt_proj.dtype)
+    dx_proj = ddbc.t() @ cast(f.u.flatten(0, 1), dtype)
+    du = of.u + linear(ddbc, cast(w.x_proj, dtype).t()).view_as(of.u)
+    return du, cast(dx_proj, w.x_proj.dtype), cast(ddt_proj, w.dt_proj.dtype)
 
 
 def mix_tokens(

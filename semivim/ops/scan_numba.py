@@ -12,6 +12,7 @@ from torch import Tensor
 from . import scan_adjoint_numba as adjoint
 from . import scan_kernels_numba as kernels
 from . import scan_one_state_numba as one_state
+from .eager import cast
 from .launch_numba import Fields, dense_float, records
 from .launch_numba import unavailable as unavailable
 from .scan_reference import Direction, direction_of, operands_of
@@ -94,7 +95,7 @@ class _Launch:
             self.call.point("mixed", torch.empty(self.u.shape, dtype=torch.float32))
         of_n = one_state if self.n == 1 else kernels
         self._run(of_n.forward, of_n.forward_scratch)
-        return out.to(self.u.dtype), states
+        return cast(out, self.u.dtype), states
 
     def backward(self, grad: Tensor, states: Tensor) -> tuple[list[list[Tensor]], Tensor | None]:
         """Return the gradients of each direction's six operands and of z."""
@@ -151,7 +152,7 @@ def backward(
     """Return the gradients of each direction's operands and of z; mix has none."""
     gradients, dz = _Launch(directions, z, mix, scale, delta_softplus).backward(grad, saved)
     of_directions = [
-        direction_of((g.to(x.dtype) for g, x in zip(of, operands_of(f), strict=True)), f.reverse)
+        direction_of((cast(g, x.dtype) for g, x in zip(of, operands_of(f), strict=True)), f.reverse)
         for of, f in zip(gradients, directions, strict=True)
     ]
-    return of_directions, None if dz is None or z is None else dz.to(z.dtype)
+    return of_directions, None if dz is None or z is None else cast(dz, z.dtype)
