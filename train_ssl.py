@@ -12,11 +12,15 @@ metrics.jsonl, metrics.json, curves.png, and the best teacher as model.safetenso
 
 import argparse
 import logging
+import os
 import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# OpenMP reads this when torch is loaded. Threads that spin while they wait waste a core that other work could use.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch

@@ -424,3 +424,32 @@ def test_ranks_keep_one_student_and_one_teacher_and_share_the_work(tmp_path):
     results = json.loads((tmp_path / "ddp" / "metrics.json").read_text())
     assert results["updates"] == 3
     assert torch.tensor(results["teacher"]["confusion"]).sum() == 500  # every validation image once, over both
+
+
+WAITING = """
+import os, time
+import train_ssl, torch
+torch.set_num_threads(2)
+x = torch.ones(1 << 20)
+x.mul_(1.0)
+start = time.process_time()
+for _ in range(20):
+    x.mul_(1.0)
+    time.sleep(0.03)
+print(os.environ["OMP_WAIT_POLICY"], time.process_time() - start)
+"""
+
+
+@pytest.mark.parametrize("given", (None, "passive", "active"))
+def test_threads_of_a_run_sleep_while_they_wait_unless_the_user_says_otherwise(given):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    if given:
+        environment["OMP_WAIT_POLICY"] = given
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WAITING], env=environment, capture_output=True, text=True, check=True
+    )
+    policy, busy = run.stdout.split()
+    assert policy == (given or "passive")
+    if policy == "passive":  # of 0.6 s, in which a spinning thread would be busy for a large part
+        assert float(busy) < 0.15
