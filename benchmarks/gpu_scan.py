@@ -1,15 +1,17 @@
-"""The scan and whole Vim models on a GPU, as ratios measured in one run.
+"""The scan and whole Vim models on a GPU, as ratios measured in one run, from a checkout without installation.
 
-Usage: python benchmarks/gpu_scan.py [--dtype bfloat16] [--repeats 30]
+Usage: python benchmarks/gpu_scan.py [--dtype bfloat16] [--repeats 20]
 
+- The kernels alone, at a Vim block's shapes with 16 states and with one.
 - Between the mixer's two outer projections at b=64, l=197, d=384 (and one image of 6085 tokens): ours against Vim's
   way, two one-directional branches (causal-conv1d, mamba-ssm's scan) of which one runs on a flipped copy. Forward, and
   forward with backward. Left out where mamba-ssm or causal-conv1d is not installed; it builds with
   ``pip install --no-build-isolation mamba-ssm causal-conv1d``.
-- vim_{tiny,small}_patch16_224 against deit_{tiny,small}_patch16_224, with and without fused attention, at 224 and
-  1248 pixels: images a second and peak memory, inference and training step.
+- vim_{tiny,small}_patch16_224 against deit_{tiny,small}_patch16_224 and a ViT of Vim's depth, at 224 and 1248 pixels:
+  images a second and peak memory, inference and training step.
 
-Times are medians of CUDA events after a warm-up; all sides run under the same autocast.
+Device time is what a CUDA graph of the work takes, so that the host does not count; wall time is what a user waits for,
+the host included. Medians after a warm-up; all sides run under the same autocast.
 """
 
 import argparse
@@ -17,19 +19,29 @@ import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import timm
 import torch
-from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's own package
+
 import semivim
 from semivim.layers import BidirectionalMamba
-from semivim.ops import available_backends
+from semivim.ops import Direction, available_backends, conv_triton, scan_triton
 
-MODELS = (("vim_tiny_patch16_224", "deit_tiny_patch16_224"), ("vim_small_patch16_224", "deit_small_patch16_224"))
-SIZES = ((224, 128, 64), (1248, 8, 1))  # pixels, batch for inference, batch for training
+MODELS = (
+    ("vim_tiny_patch16_224", {}),
+    ("vit_tiny_patch16_224", {"depth": 24}),
+    ("deit_tiny_patch16_224", {}),
+    ("vim_small_patch16_224", {}),
+    ("deit_small_patch16_224", {}),
+)
+SIZES = ((224, 256, 128), (1248, 8, 4))  # pixels, batch for inference, batch for training
+KERNEL_SHAPES = ((64, 197, 384, 16), (128, 197, 384, 16), (8, 6085, 384, 16), (1, 6085, 384, 16), (64, 3136, 96, 1))
 OURS, VIMS_WAY = "ours", "Vim's way"
 
 
@@ -37,19 +49,35 @@ def autocast(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cuda", dtype, enabled=dtype != torch.float32)
 
 
-def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Median time on the device."""
+def wall_ms(run: Callable[[], object], repeats: int) -> float:
+    """Median time of a run, the host's included."""
     for _ in range(3):
         run()
     times = []
     for _ in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
         start.record()
         run()
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
     return statistics.median(times)
+
+
+def device_ms(run: Callable[[], object], repeats: int) -> float:
+    """Median time of a run recorded as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    time = wall_ms(graph.replay, repeats)
+    del graph
+    return time
 
 
 def peak_mib(run: Callable[[], object]) -> float:
@@ -60,6 +88,33 @@ def peak_mib(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def random_rows(b: int, l: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(b, l, width, device="cuda", dtype=dtype)
+
+
+def compare_kernels(dtype: torch.dtype, repeats: int) -> None:
+    """Print what the Triton kernels of both directions take."""
+    print(f"\nkernels of both directions, {dtype}: device ms forward, backward; MiB saved for the backward")
+    for b, l, d, n in KERNEL_SHAPES:
+        rows = partial(random_rows, b, l, dtype=dtype)
+        weights = [torch.randn(d, 1, 4, device="cuda"), torch.randn(d, device="cuda")]
+        A, ones = -torch.rand(d, n, device="cuda"), torch.ones(d, device="cuda")
+        directions = [Direction(rows(d), rows(d), rows(2 * n), A, ones, -4 * ones, back) for back in (False, True)]
+        z = rows(2 * d)[..., d:]
+        out, saved = scan_triton.forward(directions, z, None, 0.5, True)
+        pairs, reverse = [(weights[0], weights[1])] * 2, [False, True]
+        runs = (
+            partial(scan_triton.forward, directions, z, None, 0.5, True),
+            partial(scan_triton.backward, out, directions, z, None, 0.5, True, saved),
+            partial(conv_triton.forward, z, pairs, reverse),
+            partial(conv_triton.backward, [out, out], z, pairs, reverse),
+        )
+        times = [device_ms(run, repeats) for run in runs]
+        mib = saved.numel() * saved.itemsize / 2**20
+        scan, conv = (f"{times[k]:.3f}, {times[k + 1]:.3f}" for k in (0, 2))
+        print(f"  b={b} l={l} d={d} n={n}: scan {scan} ({mib:.0f} MiB); convolution {conv}")
 
 
 class Inner(nn.Module):
@@ -115,7 +170,7 @@ def passes(module: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Callab
         with autocast(dtype):
             out = module(x)
         out.float().square().mean().backward()
-        module.zero_grad()
+        module.zero_grad(set_to_none=True)
 
     return {"forward": forward, "forward and backward": step}
 
@@ -136,40 +191,37 @@ def compare_inner(dtype: torch.dtype, repeats: int) -> None:
             print(f"  largest relative difference: {(ours - theirs).abs().max() / theirs.abs().max():.1e}")
         runs = {name: passes(side, x, dtype) for name, (side, x) in sides.items()}
         for kind in ("forward", "forward and backward"):
-            times = {name: milliseconds(run[kind], repeats) for name, run in runs.items()}
-            memory = {name: peak_mib(run[kind]) for name, run in runs.items()}
-            line = ", ".join(f"{name} {times[name]:.3f} ms {memory[name]:.0f} MiB" for name in times)
-            ratio = "" if lacking else f", {times[VIMS_WAY] / times[OURS]:.2f}x"
+            device = {name: device_ms(run[kind], repeats) for name, run in runs.items()}
+            wall = {name: wall_ms(run[kind], repeats) for name, run in runs.items()}
+            line = ", ".join(
+                f"{name} {device[name]:.3f} ms on the device, {wall[name]:.3f} in all, {peak_mib(run[kind]):.0f} MiB"
+                for name, run in runs.items()
+            )
+            ratio = "" if lacking else f", {wall[VIMS_WAY] / wall[OURS]:.2f}x"
             print(f"  {kind}: {line}{ratio}")
 
 
 def compare_models(dtype: torch.dtype, repeats: int) -> None:
     for size, batch, train_batch in SIZES:
-        for vim, deit in MODELS:
-            print(f"\n{size} px, {dtype}: images a second and peak MiB")
-            for name, fused in ((vim, True), (deit, True), (deit, False)):
-                set_fused_attn(fused)
-                model = timm.create_model(name, img_size=size).cuda()
-                set_fused_attn(True)
-                line = f"  {name}{'' if fused else ', attention not fused'}:"
-                for kind, images in (("forward", batch), ("forward and backward", train_batch)):
-                    x = torch.randn(images, 3, size, size, device="cuda")
-                    model.train(kind != "forward")
-                    run = passes(model, x, dtype)[kind]
-                    try:
-                        rate = 1e3 * images / milliseconds(run, repeats)
-                        line += f" {kind} {rate:.0f}/s {peak_mib(run):.0f} MiB (b={images});"
-                    except torch.cuda.OutOfMemoryError:
-                        line += f" {kind} out of memory (b={images});"
-                        torch.cuda.empty_cache()
-                print(line.rstrip(";"))
-                del model
+        print(f"\n{size} px, {dtype}: images a second by wall time (by device time), peak MiB")
+        for name, options in MODELS:
+            model = timm.create_model(name, img_size=size, **options).cuda()
+            line = f"  {name}{', depth 24' if options else ''}:"
+            for kind, images in (("forward", batch), ("forward and backward", train_batch)):
+                x = torch.randn(images, 3, size, size, device="cuda")
+                model.train(kind != "forward")
+                run = passes(model, x, dtype)[kind]
+                wall, device = (1e3 * images / time(run, repeats) for time in (wall_ms, device_ms))
+                line += f" {kind} {wall:.0f}/s ({device:.0f}/s) {peak_mib(run):.0f} MiB (b={images});"
+                torch.cuda.empty_cache()
+            print(line.rstrip(";"), flush=True)
+            del model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of autocast")
-    parser.add_argument("--repeats", type=int, default=30, help="timed runs of each side")
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each side")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_scan.py: no CUDA device is available; nothing was measured")
@@ -179,6 +231,7 @@ def main() -> None:
     for name, state in available_backends("cuda").items():
         print(f"  {name}: {state!s}")
     dtype = getattr(torch, args.dtype)
+    compare_kernels(dtype, args.repeats)
     compare_inner(dtype, args.repeats)
     compare_models(dtype, args.repeats)
 
