@@ -1,335 +1,300 @@
 """The selective scan on GPUs, forward and backward, in Triton: no toolkit, no atomics, the same bits every time.
 
-Dimensions: b images, l tokens, d channels, n states. A program owns one image and `BLOCK_D` channels, one channel a
-lane with its n states in registers, and walks the tokens in order. Operands are read where they lie (channel-last,
-any strides) in their own dtype; state and sums are float32; exp(x) is exp2 of x times log2(e), folded into A once.
+Dimensions: b images, l tokens, d channels, n states. One direction, or a pair of opposite directions whose walks
+advance side by side from the two ends, so that nothing is flipped and the output is written once. State and sums are
+float32 whatever the operands' dtypes. The kernels stand in `scan_kernels_triton` and `scan_adjoint_triton`.
 
-Forward: both directions advance in the same loop from opposite ends. Until they meet each leaves its share of the
-output in a scratch row; from there on each adds its own and finishes the token, so nothing is flipped and the output
-is written once. Backward: one program a direction walks the chunks backwards, recomputes a chunk from its stored
-state, keeping every `SUB`-th state in scratch and the states between in registers, and runs the adjoint. What sums
-over channels or images (gradients of B, C, A, D, bias) is written per program and summed in fixed order.
+What sums over channels or images (gradients of B, C, A, D, bias) is written per program and summed by one kernel in a
+fixed order.
 
 Few images leave most of a GPU idle, so the tokens are then cut into segments: a first kernel finds what each segment
-does to a state (exp(A sum delta) and its own contribution), a second chains them, and the segments run side by side.
+does to a state (its sum of delta and its own contribution), a second chains them, and the segments run side by side.
 
 Source: Gu & Dao 2023 (arXiv:2312.00752), Algorithm 2; Semi-ViM Eq. (1)-(3), (15)-(16).
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from . import scan_adjoint_triton as adjoint
 from . import scan_kernels_triton as kernels
-from .scan_reference import CHUNK, Direction
+from .launch_triton import ceil_div, check_size, launch, unavailable
+from .scan_reference import Direction, direction_of, operands_of
 
-# One warp, one channel a lane. Wider blocks would pass every sum over channels through shared memory.
-BLOCK_D = 32
-# Fixed rather than tuned, so that results do not depend on a timing.
-LAUNCH = {"num_warps": 1, "enable_fp_fusion": True}
-# Programs that fill a large GPU; below a quarter of them the tokens are cut, at the price of a second set of exps.
-ENOUGH_PROGRAMS = 1024
-# States of a channel that the backward keeps in registers: tokens times n.
-SUB_STATES = 64
-GATE_BLOCK = 1024
-MOST_IMAGES = 65_535  # CUDA's limit of a grid's second and third dimension
+__all__ = ["backward", "forward", "saved_size", "unavailable"]
 
-
-def unavailable(device: torch.device) -> str:
-    """Return why this backend cannot run on a device; a CPU can only interpret the kernels (TRITON_INTERPRET=1)."""
-    if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
-        return ""
-    return f"needs a CUDA device, got {device.type}"
+# Fixed rather than tuned, so that results do not depend on a timing. Measured on one H200 at n = 16.
+KEEP = 64  # tokens between two states that the forward keeps; a power of two, at least 8
+AHEAD = 4  # tokens that the forward loads ahead, at most; divides PADDING twice
+PADDING = 8  # the number of tokens is rounded up to a multiple of it
+ENOUGH_WARPS = 3072  # fill a large GPU; below a quarter of them the tokens are cut, at the price of more exps
+SPARE_ROWS = 4  # beside both ends of the rows [B | C], which are read a token ahead
+WARP = 32
+FORWARD_REGISTERS, BACKWARD_REGISTERS = 160, 168  # three warps on each of a multiprocessor's four schedulers
+SUM_TOKENS, SUM_COLUMNS, SUM_SHARES = 32, 64, 32
 
 
-class _Direction(NamedTuple):
-    """Operands of one direction, channel-last."""
+class Layout(NamedTuple):
+    """How the backward lays the states of a channel out over a warp."""
 
-    u: Tensor
-    delta: Tensor
-    A: Tensor  # (d, n); (n, d) after _pair
-    B: Tensor
-    C: Tensor
-    D: Tensor
-    bias: Tensor
+    states: int  # the next power of two
+    lanes: int  # that share a channel
+    repeats: int  # channels of a lane
+    chunk: int  # tokens whose states are kept in registers
+
+    @property
+    def channels(self) -> int:
+        """Channels of a warp."""
+        return WARP // self.lanes * self.repeats
+
+    @property
+    def group(self) -> int:
+        """Tokens whose gradients of [B | C] fill the lanes that share a channel group."""
+        return min(self.chunk, max(1, WARP // (2 * self.states)))
 
 
-def _direction(f: Direction) -> _Direction:
-    B, C = f.bc.chunk(2, -1)
-    return _Direction(f.u, f.delta, f.A, B, C, f.D, f.delta_bias)
+@functools.cache
+def layout_of(n: int) -> Layout:
+    """Return the layout for n states; up to 16 of them, the states and decays of a chunk take about 70 registers."""
+    states = triton.next_power_of_2(n)
+    lanes = min(4, max(1, states // 4))
+    each = states // lanes
+    repeats = min(lanes, max(1, 8 // each))
+    held = each * repeats
+    return Layout(states, lanes, repeats, 8 if held <= 4 else 4)
+
+
+class _Operands(NamedTuple):
+    """The operands as the kernels read them; a single direction stands at both places of a pair."""
+
+    u: tuple[Tensor, Tensor]
+    delta: tuple[Tensor, Tensor]
+    bc: tuple[Tensor, Tensor]
+    A: tuple[Tensor, Tensor]
+    D: tuple[Tensor, Tensor]
+    bias: tuple[Tensor, Tensor]
+    z: Tensor | None
+    mix: Tensor | None
+    pair: bool
+    reverse: int  # 1 if the single direction runs from the last token to the first
+
+    @property
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        return *self.u, *self.delta, *self.A, *self.D, *self.bias, self.z, self.mix
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        z = (0, 0) if self.z is None else self.z.stride()[:2]
+        return *self.u[0].stride()[:2], *self.delta[0].stride()[:2], *z
+
+
+def _alike(x: Tensor, y: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
+    """Both tensors with one dtype and one set of strides, the last 1 if `dense`; copied only where they are not so."""
+    if x.dtype == y.dtype and x.stride() == y.stride() and (not dense or x.stride(-1) == 1):
+        return x, y
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype).contiguous(), y.to(dtype).contiguous()
+
+
+def _operands(directions: Sequence[Direction], z: Tensor | None, mix: Tensor | None) -> tuple[_Operands, bool]:
+    """Return the operands, and whether the directions stand in the opposite order there."""
+    if len(directions) > 2 or (len(directions) == 2 and directions[0].reverse == directions[1].reverse):
+        orders = [f.reverse for f in directions]
+        raise ValueError(f"the Triton scan takes one direction or two opposite ones, got reverse={orders}")
+    f, g = directions[0], directions[-1]
+    swapped = len(directions) == 2 and f.reverse
+    if swapped:
+        f, g = g, f
+    if mix is not None:
+        mix = (mix.flip(1) if swapped else mix).contiguous()
+    if z is not None and z.stride(2) != 1:
+        z = z.contiguous()
+    u, delta = _alike(f.u, g.u, True), _alike(f.delta, g.delta, True)
+    A, D, bias = (
+        _alike(x.contiguous(), y.contiguous(), True) for x, y in ((f.A, g.A), (f.D, g.D), (f.delta_bias, g.delta_bias))
+    )
+    b, l, d = f.u.shape
+    check_size(b, l * max(d, u[0].stride(1), delta[0].stride(1), 0 if z is None else z.stride(1)))
+    return _Operands(
+        u, delta, _alike(f.bc, g.bc, False), A, D, bias, z, mix, len(directions) == 2, int(f.reverse)
+    ), swapped
 
 
 class _Plan(NamedTuple):
-    """How a launch is cut."""
+    """Sizes that the kernels share."""
 
-    blocks: int
-    segment: int
-    segments: int
-    states: int
+    images: int
+    tokens: int
+    padded: int
+    channels: int
+    constants: dict[str, Any]
 
-
-def _plan(u: Tensor, n: int, directions: int) -> _Plan:
-    b, l, d = u.shape
-    if b > MOST_IMAGES:
-        raise ValueError(f"the Triton scan takes at most {MOST_IMAGES} images in a batch, got {b}")
-    blocks, chunks = triton.cdiv(d, BLOCK_D), triton.cdiv(l, CHUNK)
-    wanted = ENOUGH_PROGRAMS // (b * blocks * directions)
-    chunks_each = triton.cdiv(chunks, wanted) if wanted >= 4 else chunks
-    return _Plan(blocks, chunks_each * CHUNK, triton.cdiv(chunks, chunks_each), triton.next_power_of_2(n))
+    def new(self, device: torch.device, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
 
-def _alike(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with one dtype and one set of strides, copied only if they differ."""
-    first = tensors[0]
-    if all(x.dtype == first.dtype and x.stride() == first.stride() for x in tensors):
-        return list(tensors)
-    dtype = first.dtype
-    for x in tensors:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return [x.to(dtype).contiguous() for x in tensors]
+def _plan(x: _Operands, softplus: bool) -> tuple[_Plan, Layout]:
+    b, l, d = x.u[0].shape
+    n = x.A[0].shape[1]
+    layout = layout_of(n)
+    constants = {"d": d, "n": n, "STATES": layout.states, "PAIR": x.pair, "SOFTPLUS": softplus}
+    return _Plan(b, l, ceil_div(l, PADDING) * PADDING, d, constants), layout
 
 
-def _pair(ahead: _Direction, back: _Direction) -> tuple[_Direction, _Direction]:
-    """Both directions in the layout one launch can address: per operand one dtype and one set of strides."""
-    rows = _alike(ahead.B, ahead.C, back.B, back.C)
-    u, delta, A, D, bias = (
-        _alike(getattr(ahead, name), getattr(back, name)) for name in ("u", "delta", "A", "D", "bias")
-    )
-    A = [x.t().contiguous() for x in A]
-    D, bias = ([x.contiguous() for x in pair] for pair in (D, bias))
-    return (
-        _Direction(u[0], delta[0], A[0], rows[0], rows[1], D[0], bias[0]),
-        _Direction(u[1], delta[1], A[1], rows[2], rows[3], D[1], bias[1]),
-    )
+def _options(warps: int, registers: int, plan: _Plan) -> dict[str, int]:
+    """Options of a compilation; more than 16 states need all registers there are."""
+    return {"num_warps": warps, "maxnreg": registers if plan.constants["STATES"] <= 16 else 255}
 
 
-def _strides(f: _Direction, z: Tensor) -> tuple[int, ...]:
-    return (*f.u.stride(), *f.delta.stride(), *f.B.stride(), *z.stride())
+def _ahead(plan: _Plan) -> int:
+    """Tokens that a walk unrolls; with many states fewer, as the time to compile grows with the cube of the text."""
+    return min(AHEAD, max(1, 64 // plan.constants["STATES"]))
+
+
+def segment_of(tokens: int, warps: int) -> int:
+    """Return the tokens of a segment, a multiple of KEEP, for a launch of so many warps without segments."""
+    chunks, wanted = ceil_div(tokens, KEEP), ENOUGH_WARPS // warps
+    return KEEP * (ceil_div(chunks, min(chunks, wanted)) if wanted >= 4 else chunks)
+
+
+def _rows(x: _Operands, plan: _Plan) -> Tensor:
+    """Rows [B | C] in float32 as the kernels read them, with spare rows before and after."""
+    states, directions = plan.constants["STATES"], 2 if x.pair else 1
+    device = x.bc[0].device
+    scratch = plan.new(device, (directions * plan.images * plan.padded + 2 * SPARE_ROWS) * 2 * states)
+    rows = scratch[SPARE_ROWS * 2 * states :]
+    launch(
+        kernels.pack_rows, (ceil_div(plan.padded, 32), plan.images, directions),
+        rows, *x.bc, *x.bc[0].stride(), plan.tokens, plan.padded,
+        n=plan.constants["n"], STATES=states, TOKENS=32, options={"num_warps": 4},
+    )  # fmt: skip
+    return rows
 
 
 def _entry(
-    f: _Direction,
-    g: _Direction,
-    x: tuple[Tensor, Tensor],
-    row: tuple[Tensor, Tensor],
-    z: Tensor,
-    mix: tuple[Tensor | None, Tensor | None],
-    plan: _Plan,
-    directions: int,
-    scale: float,
-    adjoint: bool,
-    reverse: bool,
-    softplus: bool,
-    gated: bool,
+    x: _Operands, plan: _Plan, rows: Tensor, source: tuple[Tensor, Tensor], segment: int, scale: float, against: bool
 ) -> Tensor:
-    """States ``(b, directions, segments, n, d)`` that enter the segments."""
-    b, l, d = x[0].shape
-    n = f.A.shape[0]
-    effect = f.u.new_empty(b, directions, plan.segments, n, d, dtype=torch.float32)
-    total = f.u.new_empty(b, directions, plan.segments, d, dtype=torch.float32)
-    tile = {"STATES": plan.states, "BLOCK_D": BLOCK_D}
-    kernels.segment_effect[(plan.blocks, b, directions * plan.segments)](
-        effect, total, *x, f.delta, g.delta, f.A, g.A, *row, z, f.bias, g.bias, *mix,
-        *x[0].stride(), *f.delta.stride(), *f.B.stride(), *z.stride(), l, d, n, plan.segment, plan.segments, scale,
-        ADJOINT=adjoint, REVERSE=int(reverse), SOFTPLUS=softplus, GATED=gated, MIXED=adjoint and mix[0] is not None,
-        **tile, **LAUNCH,
+    """States ``(b, directions, segments, n, d)`` that enter the segments, of the adjoint if `against`."""
+    parts = ceil_div(plan.padded, segment)
+    if parts == 1:
+        return rows  # nothing enters, and nothing is read
+    directions, n = 2 if x.pair else 1, plan.constants["n"]
+    effect = plan.new(rows.device, plan.images, directions, parts, n, plan.channels)
+    total = plan.new(rows.device, plan.images, directions, parts, plan.channels)
+    entry = torch.empty_like(effect)
+    launch(
+        kernels.segment_effect, (ceil_div(plan.channels, WARP), plan.images, directions * parts),
+        effect, total, rows, *source, *x.delta, *x.A, *x.bias, x.z if against else None, x.mix if against else None,
+        *source[0].stride()[:2], *x.strides[2:], plan.tokens, plan.padded, segment, x.reverse, scale,
+        **plan.constants, ADJOINT=against, T=_ahead(plan), options={"num_warps": 1},
     )  # fmt: skip
-    kernels.chain_segments[(plan.blocks, b, directions)](
-        effect, total, f.A, g.A, d, n, plan.segments, ADJOINT=adjoint, REVERSE=int(reverse), **tile, **LAUNCH
-    )
-    return effect
+    launch(
+        kernels.chain_segments, (ceil_div(plan.channels, 128), plan.images, directions * n),
+        entry, effect, total, *x.A, parts, x.reverse,
+        d=plan.channels, n=n, PAIR=x.pair, ADJOINT=against, BLOCK_D=128, options={"num_warps": 4},
+    )  # fmt: skip
+    return entry
 
 
-def _weights(psi: Tensor | None, nu: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Weights of the hidden-state mix as the kernels read them, one after the other."""
-    return None if psi is None else psi.contiguous(), None if nu is None else nu.contiguous()
+def saved_size(tokens: int, channels: int, states: int, directions: int) -> int:
+    """Return how many float32 values an image's forward keeps for its backward.
+
+    These are the states ``(directions, borders, states, channels)`` at every KEEP-th token and, for a pair, the sum of
+    both directions before the gate, ``(tokens, channels)``.
+    """
+    borders = ceil_div(tokens, KEEP) - 1
+    return directions * borders * states * channels + (tokens * channels if directions == 2 else 0)
 
 
-def _zeros_for(x: Tensor | None, u: Tensor) -> Tensor:
-    return u.new_zeros(u.shape[2], dtype=torch.float32) if x is None else x
-
-
-def selective_scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
+def forward(
+    directions: Sequence[Direction], z: Tensor | None, mix: Tensor | None, scale: float, delta_softplus: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``(b, l, d)`` and the stored states ``(b, 1, ceil(l / CHUNK), n, d)``."""
-    (b, l, d), n = u.shape, A.shape[1]
-    f = _Direction(u, delta, A, B, C, _zeros_for(D, u), _zeros_for(delta_bias, u))
-    f, _ = _pair(f, f)
-    gate = f.u if z is None else z
-    plan = _plan(u, n, 1)
-    out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    states = u.new_empty(b, 1, triton.cdiv(l, CHUNK), n, d, dtype=torch.float32)
-    with torch.cuda.device_of(u):
-        entry = None
-        if plan.segments > 1:
-            entry = _entry(
-                f, f, (f.u, f.u), (f.B, f.B), gate, (None, None), plan, 1, 1.0, False, reverse, delta_softplus, False
-            )
-        kernels.selective_forward[(plan.blocks, b, plan.segments)](
-            out, states, entry, *f[:6], gate, f.bias, *_strides(f, gate), l, d, n, plan.segment,
-            REVERSE=reverse, SOFTPLUS=delta_softplus, GATED=z is not None, SEGMENTED=plan.segments > 1,
-            STATES=plan.states, BLOCK_D=BLOCK_D, CHUNK=CHUNK, **LAUNCH,
-        )  # fmt: skip
-    return out, states
+    """Return the output ``(b, l, d)`` and what the backward needs, ``(b, saved_size(...))``.
+
+    Raises:
+        ValueError: If the directions are neither one nor two opposite ones, or the batch or an image is too large.
+    """
+    x, _ = _operands(directions, z, mix)
+    plan, _ = _plan(x, delta_softplus)
+    device = x.u[0].device
+    shape = plan.images, plan.tokens, plan.channels
+    out = torch.empty(shape, dtype=directions[0].u.dtype, device=device)
+    size = saved_size(plan.tokens, plan.channels, plan.constants["n"], len(directions))
+    saved = plan.new(device, plan.images, size)
+    shares = plan.new(device, *shape) if x.pair and mix is not None else None
+    rows = _rows(x, plan)
+    blocks = ceil_div(plan.channels, WARP)
+    segment = segment_of(plan.padded, plan.images * blocks * len(directions))
+    entry = _entry(x, plan, rows, x.u, segment, scale, False)
+    launch(
+        kernels.scan_forward, (blocks, plan.images, ceil_div(plan.padded, segment)),
+        out, saved, shares, entry, rows, *x.pointers,
+        *x.strides, size, plan.tokens, plan.padded, segment, x.reverse, scale,
+        **plan.constants, KEEP=KEEP, T=_ahead(plan), options=_options(len(directions), FORWARD_REGISTERS, plan),
+    )  # fmt: skip
+    return out, saved
 
 
-def bidirectional_scan_forward(
-    ahead: Direction, back: Direction, z: Tensor, psi: Tensor | None, nu: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the output ``(b, l, d)`` and the stored states ``(b, 2, ceil(l / CHUNK), n, d)``."""
-    u = ahead.u
-    (b, l, d), n = u.shape, ahead.A.shape[1]
-    f, g = _pair(_direction(ahead), _direction(back))
-    plan = _plan(u, n, 1)
-    out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    partial = torch.empty_like(out, dtype=torch.float32)
-    states = u.new_empty(b, 2, triton.cdiv(l, CHUNK), n, d, dtype=torch.float32)
-    with torch.cuda.device_of(u):
-        entry = None
-        if plan.segments > 1:
-            entry = _entry(f, g, (f.u, g.u), (f.B, g.B), z, (None, None), plan, 2, 1.0, False, False, True, False)
-        kernels.bidirectional_forward[(plan.blocks, b, plan.segments)](
-            out, states, entry, partial, f.u, g.u, f.delta, g.delta, f.A, g.A, f.B, f.C, g.B, g.C, f.D, g.D, z,
-            f.bias, g.bias, *_weights(psi, nu), *_strides(f, z), l, d, n, plan.segment,
-            MIXED=psi is not None, SEGMENTED=plan.segments > 1,
-            STATES=plan.states, BLOCK_D=BLOCK_D, CHUNK=CHUNK, **LAUNCH,
-        )  # fmt: skip
-    return out, states
-
-
-class _Gradients(NamedTuple):
-    """Gradients of one direction, in the operands' dtypes."""
-
-    u: Tensor
-    delta: Tensor
-    row: Tensor  # [B | C], float32
-    A: Tensor
-    D: Tensor
-    bias: Tensor
-
-
-def _backward(
+def backward(
     grad: Tensor,
-    f: _Direction,
-    g: _Direction,
+    directions: Sequence[Direction],
     z: Tensor | None,
-    mix: tuple[Tensor | None, Tensor | None],
-    states: Tensor,
+    mix: Tensor | None,
     scale: float,
-    softplus: bool,
-    reverse: bool,
-) -> tuple[list[_Gradients], Tensor | None]:
-    """Gradients of each direction (of one if the operands are the same) and of z."""
-    (b, l, d), n = f.u.shape, f.A.shape[1]
-    directions = states.shape[1]
-    kinds = (f, g)[:directions]
-    du = [torch.empty(b, l, d, dtype=x.u.dtype, device=grad.device) for x in kinds]
-    ddelta = [torch.empty(b, l, d, dtype=x.delta.dtype, device=grad.device) for x in kinds]
-    f, g = _pair(f, g)
-    gate, grad = f.u if z is None else z, grad.contiguous()
-    plan = _plan(f.u, n, directions)
-    sub = max(1, min(4, SUB_STATES // plan.states))
-
-    def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=grad.device)
-
-    drow = scratch(directions, b, plan.blocks, l, 2 * n)
-    dA = scratch(directions, b * plan.segments, n, d)
-    dD, dbias = scratch(directions, b * plan.segments, d), scratch(directions, b * plan.segments, d)
-    y = scratch(directions, b, l, d) if z is not None else drow
-    kept = scratch(b * directions * plan.segments * plan.blocks, CHUNK // sub, plan.states, BLOCK_D)
-    dz = None
-    with torch.cuda.device_of(grad):
-        entry = None
-        if plan.segments > 1:
-            entry = _entry(
-                f, g, (grad, grad), (f.C, g.C), gate, mix, plan, directions, scale, True, reverse, softplus,
-                z is not None,
-            )  # fmt: skip
-        kernels.scan_backward[(plan.blocks, b, directions * plan.segments)](
-            du[0], du[-1], ddelta[0], ddelta[-1], drow, dA, dD, dbias, y, kept, grad, states, entry,
-            f.u, g.u, f.delta, g.delta, f.A, g.A, f.B, f.C, g.B, g.C, f.D, g.D, gate, f.bias, g.bias, *mix,
-            *_strides(f, gate), l, d, n, plan.segment, plan.segments, scale,
-            REVERSE=int(reverse), SOFTPLUS=softplus, GATED=z is not None, MIXED=mix[0] is not None,
-            SEGMENTED=plan.segments > 1, STATES=plan.states, BLOCK_D=BLOCK_D, CHUNK=CHUNK, SUB=sub, **LAUNCH,
-        )  # fmt: skip
-        if z is not None:
-            dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-            kernels.gate_backward[(triton.cdiv(l * d, GATE_BLOCK), b)](
-                dz, y, grad, z, *z.stride(), l * d, d, scale, BOTH=directions == 2, BLOCK=GATE_BLOCK,
-                enable_fp_fusion=True,
-            )  # fmt: skip
-    # torch sums on a GPU in a fixed order, without atomics. Summed one by one, as gradients may not share memory.
-    return [
-        _Gradients(
-            du[i],
-            ddelta[i],
-            drow[i].sum(1),
-            dA[i].sum(0).t().to(x.A.dtype).contiguous(),
-            dD[i].sum(0).to(x.D.dtype),
-            dbias[i].sum(0).to(x.bias.dtype),
-        )
-        for i, x in enumerate(kinds)
-    ], dz
-
-
-def selective_scan_backward(
-    grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
     delta_softplus: bool,
-    reverse: bool,
-    states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of u, delta, A, B, C, D, z, delta_bias."""
-    f = _Direction(u, delta, A, B, C, _zeros_for(D, u), _zeros_for(delta_bias, u))
-    (of,), dz = _backward(grad, f, f, z, (None, None), states, 1.0, delta_softplus, reverse)
-    dB, dC = of.row.chunk(2, -1)
-    return (
-        of.u,
-        of.delta,
-        of.A,
-        dB.to(B.dtype, copy=True, memory_format=torch.contiguous_format),
-        dC.to(C.dtype, copy=True, memory_format=torch.contiguous_format),
-        None if D is None else of.D,
-        dz,
-        None if delta_bias is None else of.bias,
-    )
+    saved: Tensor,
+) -> tuple[list[Direction], Tensor | None]:
+    """Return the gradients of the directions' operands and of z for the gradient of the output.
 
-
-def bidirectional_scan_backward(
-    grad: Tensor,
-    ahead: Direction,
-    back: Direction,
-    z: Tensor,
-    psi: Tensor | None,
-    nu: Tensor | None,
-    states: Tensor,
-) -> tuple[Direction, Direction, Tensor]:
-    """Return the gradients of `ahead`, `back` and z; psi and nu have none."""
-    f, g = _direction(ahead), _direction(back)
-    gradients, dz = _backward(grad, f, g, z, _weights(psi, nu), states, 0.5, True, False)
-    assert dz is not None
-    of_ahead, of_back = (
-        Direction(of.u, of.delta, of.row.to(x.bc.dtype), of.A, of.D, of.bias)
-        for of, x in zip(gradients, (ahead, back), strict=True)
+    All but grad and saved, which the forward returned, are those of the forward; see `semivim.ops.scan.scan`.
+    """
+    x, swapped = _operands(directions, z, mix)
+    plan, layout = _plan(x, delta_softplus)
+    grad = grad.contiguous()
+    device = grad.device
+    b, l, d = plan.images, plan.tokens, plan.channels
+    n, count = plan.constants["n"], len(directions)
+    read = x.u[0], x.delta[0], x.bc[0], x.A[0], x.D[0], x.bias[0]
+    shapes = (b, l, d), (b, l, d), (b, l, 2 * n), (d, n), (d,), (d,)
+    of = [
+        [torch.empty(shape, dtype=y.dtype, device=device) for shape, y in zip(shapes, read, strict=True)]
+        for _ in directions
+    ]
+    dz = None if z is None else torch.empty((b, l, d), dtype=z.dtype, device=device)
+    rows = _rows(x, plan)
+    blocks = ceil_div(d, layout.channels)
+    segment = segment_of(plan.padded, b * blocks * count)
+    parts = ceil_div(plan.padded, segment)
+    entry = _entry(x, plan, rows, (grad, grad), segment, scale, True)
+    drows = plan.new(device, count, b, blocks, plan.padded, 2 * layout.states)
+    dweights = plan.new(device, count, b * parts, d * (n + 2))
+    notes = plan.new(
+        device, b * count * parts * blocks, KEEP // layout.chunk, layout.states * layout.repeats // layout.lanes, WARP
     )
-    return of_ahead, of_back, dz
+    f, g = of[0], of[-1]
+    launch(
+        adjoint.scan_backward, (blocks, b, count * parts),
+        f[0], g[0], f[1], g[1], dz, drows, dweights, notes, grad, saved, entry, rows, *x.pointers,
+        *x.strides, saved.stride(0), l, plan.padded, segment, x.reverse, scale,
+        **plan.constants, KEEP=KEEP, CHUNK=layout.chunk, STATE_LANES=layout.lanes, REPEATS=layout.repeats,
+        GROUP=layout.group, options=_options(1, BACKWARD_REGISTERS, plan),
+    )  # fmt: skip
+    programs = count * (b * ceil_div(l, SUM_TOKENS) + ceil_div(d * (n + 2), SUM_COLUMNS))
+    launch(
+        adjoint.sum_partials, (programs, 1, 1),
+        f[2], g[2], f[3], g[3], f[4], g[4], f[5], g[5], drows, dweights, b, blocks, parts, l, plan.padded, d,
+        n=n, STATES=layout.states, PAIR=x.pair, TOKENS=SUM_TOKENS, COLUMNS=SUM_COLUMNS, SHARES=SUM_SHARES,
+        options={"num_warps": 4},
+    )  # fmt: skip
+    if swapped:
+        of.reverse()
+    # A pair of different dtypes is read in a common one.
+    return [
+        direction_of((g.to(y.dtype) for g, y in zip(gradients, operands_of(f), strict=True)), f.reverse)
+        for gradients, f in zip(of, directions, strict=True)
+    ], dz

@@ -55,6 +55,48 @@ def test_autocast_stays_close(pair, dtype):
     assert F.cosine_similarity(y.flatten(), expected.flatten(), 0) > 0.999
 
 
+def training_step(model, optimizer, x):
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_training_step_never_waits_for_the_device(pair):
+    _, gpu = pair
+    optimizer, x = torch.optim.AdamW(gpu.parameters()), torch.randn(2, 3, 224, 224, device="cuda")
+    training_step(gpu, optimizer, x)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training_step(gpu, optimizer, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_training_step_in_a_graph_is_the_eager_one(pair):
+    _, gpu = pair
+    twin, x = copy.deepcopy(gpu), torch.randn(2, 3, 224, 224, device="cuda")
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (gpu, twin)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            training_step(gpu, optimizers[0], x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = training_step(gpu, optimizers[0], x)
+    for _ in range(3):
+        graph.replay()
+    for _ in range(5):
+        expected = training_step(twin, optimizers[1], x)
+    assert_close("loss", loss, expected, "bfloat16")
+    for (name, a), b in zip(gpu.named_parameters(), twin.parameters(), strict=True):
+        assert_close(name, a, b, "bfloat16")
+
+
 @pytest.mark.slow
 def test_a_thousand_fp16_steps_stay_finite_and_learn():
     torch.manual_seed(0)

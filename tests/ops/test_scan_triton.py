@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from semivim.ops import available_backends, bidirectional_scan, scan_reference, scan_triton, selective_scan
-from tests.ops.scan_cases import bidirectional_inputs, forward_of, gradients_of, mixing, selective_inputs
+from semivim.ops import Direction, available_backends, scan_reference, scan_triton, selective_scan
+from semivim.ops.scan_reference import direction_of, operands_of
+from tests.ops.scan_cases import bidirectional_inputs, directions_of, mixing, selective_inputs
 from tests.ops.triton_runs import INTERPRETED, compiled, interpreted, on_gpu, run_in_interpreter
 from tests.tolerance import assert_close
 
-SELECTIVE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-WHOLE, SEGMENTED = 1, 1 << 20  # programs that fill the GPU: no launch is cut, or each as far as it goes
+WHOLE, SEGMENTED = 1, 1 << 20  # warps that fill the GPU: no launch is cut, or each as far as it goes
 
 
 @pytest.fixture(autouse=True)
@@ -20,103 +20,127 @@ def poisoned_memory():
 
 @compiled
 def test_in_the_interpreter():
-    scans = "triton and (closed_form or flipped or two_selective or strided or mixed_dtypes or expanded or empty)"
     run_in_interpreter(__file__)
-    run_in_interpreter(__file__.replace("scan_triton", "scan"), "-k", scans)
+
+
+@compiled
+def test_through_the_op_in_the_interpreter():
+    run_in_interpreter(__file__.replace("scan_triton", "scan"), "-k", "triton and (closed_form or expanded or empty)")
 
 
 @compiled
 def test_reason_without_a_gpu():
     assert scan_triton.unavailable(torch.device("cpu")) == "needs a CUDA device, got cpu"
-    assert scan_triton.unavailable(torch.device("cuda", 1)) == ""
-    assert available_backends("cpu")["triton"] == "needs a CUDA device, got cpu"
+    assert scan_triton.unavailable(torch.device("cuda", 1)) is None
+    assert str(available_backends("cpu")["triton"]) == "needs a CUDA device, got cpu"
 
 
-def compare(names, actual, expected, dtype):
-    grad = "float32_grad" if dtype == "float32" else dtype
-    for name, a, b in zip(names, actual, expected, strict=True):
+def wide(x):
+    return None if x is None else x.double()
+
+
+def in_float64(directions):
+    return [direction_of((x.double() for x in operands_of(f)), f.reverse) for f in directions]
+
+
+def both_passes(backend, grad, directions, z, mix, scale, softplus):
+    """Output and, by name, every gradient."""
+    out, saved = backend.forward(directions, z, mix, scale, softplus)
+    of, dz = backend.backward(grad, directions, z, mix, scale, softplus, saved)
+    names = Direction._fields[:6]
+    gradients = {f"{name} {k}": x for k, f in enumerate(of) for name, x in zip(names, operands_of(f), strict=True)}
+    assert [f.reverse for f in of] == [f.reverse for f in directions]
+    return {"out": out, "z": dz} | gradients
+
+
+def compare(directions, z=None, mix=None, scale=0.5, softplus=True, dtype="float32"):
+    """Outputs and gradients of the kernels against the reference in float64; returns them."""
+    grad = torch.randn_like(directions[0].u).contiguous()
+    actual = both_passes(scan_triton, grad, directions, z, mix, scale, softplus)
+    truth = both_passes(scan_reference, grad.double(), in_float64(directions), wide(z), wide(mix), scale, softplus)
+    operands = {f"{name} {k}": x for k, f in enumerate(directions) for name, x in f._asdict().items()}
+    operands |= {"out": directions[0].u, "z": z}
+    for name, b in truth.items():
         if b is None:
-            assert a is None
-        else:
-            assert a.dtype == b.dtype and a.is_contiguous()
-            assert_close(name, a, b, dtype if name in ("out", "states") else grad)
+            assert actual[name] is None
+            continue
+        assert actual[name].dtype == operands[name].dtype
+        assert actual[name].is_contiguous()
+        assert_close(name, actual[name], b, "float32_grad" if dtype == "float32" and name != "out" else dtype)
+    return actual
 
 
-def compare_bidirectional(inputs, mixed, dtype="float32"):
-    """Output, states and every gradient of the kernels against the reference's."""
-    device = inputs["u"].device
-    weights = (x.to(device) for x in mixing(inputs["u"].shape[0]).values())
-    operands = (*inputs.values(), *(weights if mixed else (None, None)))
-    out, states = forward_of(scan_triton, *operands)
-    expected = forward_of(scan_reference, *operands)
-    compare(("out", "states"), (out, states), expected, dtype)
-    grad = torch.randn_like(out)
-    # Either backend may have run the forward.
-    actual = gradients_of(scan_triton, grad, *operands, expected[1])
-    compare(inputs, actual, gradients_of(scan_reference, grad, *operands, states), dtype)
+def as_parts(x):
+    """The same values as a part of wider rows, NaN around it."""
+    room = torch.full((*x.shape[:-1], x.shape[-1] + 6), torch.nan, dtype=x.dtype, device=x.device)
+    room[..., 3:-3] = x
+    return room[..., 3:-3]
+
+
+def pair(b, l, d, n, dtype=torch.float32):
+    inputs = bidirectional_inputs(b, l, d, n, dtype)
+    return directions_of(inputs), inputs["z"]
+
+
+def cut(monkeypatch, warps, keep=8):
+    monkeypatch.setattr(scan_triton, "ENOUGH_WARPS", warps)
+    monkeypatch.setattr(scan_triton, "KEEP", keep)
 
 
 @interpreted
 @pytest.mark.parametrize(
-    ("b", "l", "d", "n", "chunk", "programs", "mixed"),
+    ("b", "l", "d", "n", "warps", "mixed"),
     (
-        (2, 1, 3, 1, 64, WHOLE, True),
-        (1, 19, 34, 5, 8, WHOLE, True),
-        (1, 19, 34, 5, 8, SEGMENTED, True),
-        (2, 16, 2, 16, 8, SEGMENTED, False),
-        (1, 66, 2, 3, 64, WHOLE, False),
+        (2, 1, 3, 1, WHOLE, True),
+        (1, 9, 18, 16, WHOLE, False),
+        (1, 17, 34, 3, SEGMENTED, True),
+        (1, 3, 9, 64, WHOLE, False),
+        (1, 9, 3, 32, WHOLE, True),
+        (1, 9, 2, 16, SEGMENTED, True),
+        (1, 17, 2, 8, WHOLE, False),
     ),
 )
-def test_bidirectional_scan_is_the_reference(monkeypatch, b, l, d, n, chunk, programs, mixed):
-    monkeypatch.setattr(scan_reference, "CHUNK", chunk)
-    monkeypatch.setattr(scan_triton, "CHUNK", chunk)
-    monkeypatch.setattr(scan_triton, "ENOUGH_PROGRAMS", programs)
-    compare_bidirectional(bidirectional_inputs(b, l, d, n), mixed)
+def test_pair_is_the_reference(monkeypatch, b, l, d, n, warps, mixed):
+    cut(monkeypatch, warps)
+    directions, z = pair(b, l, d, n)
+    compare(directions, z, **(mixing(b) if mixed else {}))
 
 
 @interpreted
 @pytest.mark.parametrize("reverse", (False, True), ids=("ahead", "reverse"))
 @pytest.mark.parametrize(
-    ("bare", "softplus", "programs"),
-    ((False, True, SEGMENTED), (True, False, SEGMENTED), (False, False, WHOLE), (True, True, WHOLE)),
+    ("gated", "softplus", "mixed", "warps", "n"),
+    (
+        (True, True, False, WHOLE, 16),
+        (False, False, True, SEGMENTED, 1),
+        (True, False, True, SEGMENTED, 2),
+        (False, True, False, WHOLE, 5),
+    ),
 )
-def test_selective_scan_is_the_reference(monkeypatch, bare, softplus, reverse, programs):
-    monkeypatch.setattr(scan_reference, "CHUNK", 8)
-    monkeypatch.setattr(scan_triton, "CHUNK", 8)
-    monkeypatch.setattr(scan_triton, "ENOUGH_PROGRAMS", programs)
-    x = selective_inputs(1, 18, 3, 2, bare=bare)
+def test_single_direction_is_the_reference(monkeypatch, gated, softplus, mixed, warps, n, reverse):
+    cut(monkeypatch, warps)
+    (f, _), z = pair(1, 11, 3, n)
+    f = f._replace(reverse=reverse)
     if not softplus:
-        x["delta"] = x["delta"].abs()
-    rows = {name: t.transpose(1, 2) if t.dim() == 3 else t for name, t in x.items()}
-    operands = (*(rows.get(name) for name in SELECTIVE), softplus, reverse)
-    out, states = scan_triton.selective_scan_forward(*operands)
-    compare(("out", "states"), (out, states), scan_reference.selective_scan_forward(*operands), "float32")
-    grad = torch.randn_like(out)
-    actual = scan_triton.selective_scan_backward(grad, *operands, states)
-    compare(SELECTIVE, actual, scan_reference.selective_scan_backward(grad, *operands, states), "float32")
+        f = f._replace(delta=f.delta.abs(), delta_bias=f.delta_bias.abs())
+    mix = torch.rand(1, 1) if mixed else None
+    compare([f], z if gated else None, mix, 2.0, softplus)
 
 
 @interpreted
-def test_strided_weights_of_the_mix():
-    inputs = bidirectional_inputs(2, 9, 4, 3)
-    mix = torch.rand(2, 2)
-    for psi, nu in ((mix[:, 0], mix[:, 1]), (mix[0, :1].expand(2), mix[1, :1].expand(2))):
-        operands = (*inputs.values(), psi, nu)
-        out, states = forward_of(scan_triton, *operands)
-        assert_close("out", out, forward_of(scan_reference, *operands)[0])
-        actual = gradients_of(scan_triton, out, *operands, states)
-        compare(inputs, actual, gradients_of(scan_reference, out, *operands, states), "float32")
-
-
-def test_a_batch_over_the_grids_limit_is_refused():
-    with pytest.raises(ValueError, match="at most 65535 images in a batch, got 65536"):
-        scan_triton._plan(torch.empty(65_536, 1, 1, device="meta"), 1, 1)
+def test_order_strides_and_dtypes_of_a_pair_are_free():
+    (f, g), z = pair(2, 5, 4, 3)
+    g = g._replace(u=g.u.bfloat16(), A=g.A.bfloat16())
+    f = f._replace(delta=f.delta.transpose(0, 1).contiguous().transpose(0, 1), D=f.D[:1].expand(4))
+    g, f = (x._replace(bc=as_parts(x.bc)) for x in (g, f))
+    compare([g, f], as_parts(z), torch.rand(2, 4)[:, ::2], dtype="bfloat16")
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_half_precision_keeps_a_float32_state(dtype):
-    compare_bidirectional(bidirectional_inputs(1, 9, 4, 3, dtype), True, str(dtype).removeprefix("torch."))
+    directions, z = pair(1, 5, 4, 3, getattr(torch, dtype))
+    compare(directions, z, **mixing(1), dtype=dtype)
 
 
 @interpreted
@@ -132,57 +156,97 @@ def test_small_steps_keep_their_relative_precision():
 
 @interpreted
 @pytest.mark.parametrize("rate", (-1e-12, -1e4))
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # 1 / (1 + inf) is the sigmoid that is meant
 def test_extreme_steps_and_rates_stay_finite(rate):
-    inputs = bidirectional_inputs(1, 12, 4, 3)
-    inputs["delta"][:, ::3] = -200.0
-    inputs["delta"][:, 1::3] = 80.0
-    inputs["A"] = torch.full_like(inputs["A"], rate)
-    compare_bidirectional(inputs, True)
+    directions, z = pair(1, 6, 4, 3)
+    for f in directions:
+        f.delta[:, ::3] = -200.0
+        f.delta[:, 1::3] = 80.0
+        f.A.fill_(rate)
+    compare(directions, z, **mixing(1))
 
 
-def gpu_operands(b, l, d, dtype):
+def test_directions_that_the_kernels_cannot_pair_are_refused():
+    (f, g), z = pair(1, 2, 3, 4)
+    for directions in ([f, f], [g, g], [f, g, f]):
+        orders = str([x.reverse for x in directions]).replace("[", r"\[").replace("]", r"\]")
+        with pytest.raises(ValueError, match=f"one direction or two opposite ones, got reverse={orders}"):
+            scan_triton.forward(directions, z, None, 1.0, True)
+
+
+def test_size_of_what_is_saved():
+    state = 384 * 16
+    assert scan_triton.KEEP == 64
+    assert scan_triton.saved_size(64, 384, 16, 1) == 0
+    assert scan_triton.saved_size(65, 384, 16, 1) == state
+    assert scan_triton.saved_size(197, 384, 16, 2) == 2 * 3 * state + 197 * 384
+
+
+@pytest.mark.parametrize("n", (1, 2, 3, 4, 8, 16, 17, 32, 64))
+def test_layout_holds_every_state_once(n):
+    layout = scan_triton.layout_of(n)
+    assert layout.states >= n
+    assert layout.states < 2 * n
+    assert layout.states % layout.lanes == 0
+    assert layout.lanes % layout.repeats == 0
+    assert layout.channels * layout.states == 32 * layout.repeats * (layout.states // layout.lanes)
+    assert layout.chunk % (layout.lanes // layout.repeats) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "warps", "segment"), ((200, 1536, 256), (200, 768, 64), (6088, 384, 768), (6088, 24, 64), (8, 1, 64))
+)
+def test_segments_fill_the_gpu_and_end_at_kept_states(tokens, warps, segment):
+    assert scan_triton.segment_of(tokens, warps) == segment
+
+
+def gpu_pair(b, l, d, n, dtype):
     """A Vim block's operands at a real size, in the step sizes of its initialisation."""
-    inputs = {name: x.cuda() for name, x in bidirectional_inputs(b, l, d, 16, dtype).items()}
+    inputs = {name: x.cuda() for name, x in bidirectional_inputs(b, l, d, n, dtype).items()}
     inputs |= {name: inputs[name] - 4 for name in ("delta_bias", "delta_bias_b")}
-    return inputs
+    return directions_of(inputs), inputs["z"]
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
-@pytest.mark.parametrize("d", (384, 768, 1536), ids=("tiny", "small", "base"))
-@pytest.mark.parametrize(("b", "l"), ((8, 197), (1, 6085)), ids=("224", "1248"))
+@pytest.mark.parametrize(("b", "l"), ((64, 197), (1, 6085)), ids=("224", "1248"))
 class TestOnGpu:
     pytestmark = on_gpu
 
-    def test_real_shapes_are_the_reference(self, b, l, d, dtype):
-        compare_bidirectional(gpu_operands(b, l, d, getattr(torch, dtype)), True, dtype)
+    def test_real_shapes_are_the_reference(self, b, l, dtype):
+        directions, z = gpu_pair(b, l, 384, 16, getattr(torch, dtype))
+        compare(directions, z, torch.rand(b, 2, device="cuda"), dtype=dtype)
 
-    def test_same_bits_twice(self, b, l, d, dtype):
-        inputs = gpu_operands(b, l, d, getattr(torch, dtype))
-        a, b = (run_on_gpu(inputs) for _ in range(2))
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    def test_same_bits_twice_and_in_a_graph(self, b, l, dtype):
+        directions, z = gpu_pair(b, l, 384, 16, getattr(torch, dtype))
+        operands = directions[0].u, directions, z, torch.rand(b, 2, device="cuda"), 0.5, True
+        once, twice = (both_passes(scan_triton, *operands) for _ in range(2))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = both_passes(scan_triton, *operands)
+        graph.replay()
+        for name in once:
+            assert torch.equal(once[name], twice[name]), name
+            assert torch.equal(once[name], replayed[name]), name
 
 
 @pytest.mark.parametrize("l", (1, 7, 63, 64, 197, 730))
 class TestLengthsOnGpu:
     pytestmark = on_gpu
 
-    def test_bidirectional(self, l):
-        compare_bidirectional(gpu_operands(2, l, 40, torch.float32), l % 2 == 1)
+    def test_pair_with_one_state(self, l):
+        directions, z = gpu_pair(2, l, 40, 1, torch.float32)
+        compare(directions, z)
 
     @pytest.mark.parametrize("reverse", (False, True), ids=("ahead", "reverse"))
-    def test_selective(self, l, reverse):
-        inputs = {name: x.cuda().requires_grad_() for name, x in selective_inputs(2, l, 40, 16).items()}
-
-        def gradients(backend):
-            out = selective_scan(**inputs, delta_softplus=True, reverse=reverse, backend=backend)
-            return out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))
-
-        for name, a, b in zip(("out", *inputs), gradients("triton"), gradients("reference"), strict=True):
-            assert_close(name, a, b, "float32" if name == "out" else "float32_grad")
+    def test_single_direction(self, l, reverse):
+        (f, _), z = gpu_pair(2, l, 40, 16, torch.float32)
+        compare([f._replace(reverse=reverse)], z, scale=1.0)
 
 
-def run_on_gpu(inputs):
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    out = bidirectional_scan(**leaves, backend="triton")
-    gradients = torch.autograd.grad(out.float().square().sum(), list(leaves.values()))
-    return {"out": out} | dict(zip(leaves, gradients, strict=True))
+@pytest.mark.parametrize("n", (3, 64))
+class TestStatesOnGpu:
+    pytestmark = on_gpu
+
+    def test_pair(self, n):
+        directions, z = gpu_pair(2, 130, 40, n, torch.float32)
+        compare(directions, z)

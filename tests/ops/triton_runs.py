@@ -7,13 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from semivim.ops import launch_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child process of test_in_the_interpreter")
@@ -50,13 +54,17 @@ class CompileOnly:
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
 def compiles(request, monkeypatch):
     """Let launches on CPU tensors compile for a GPU instead of running; the kernels, by name."""
-    kernels: dict[str, triton.compiler.CompiledKernel] = {}
+    kernels: dict[str, CompiledKernel] = {}
     run = JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **options):
         kernels[self.__name__] = run(self, *arguments, grid=grid, warmup=True, **options)
+        return kernels[self.__name__]
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(CompiledKernel, "__getitem__", lambda self, grid: lambda *_: None)
+    monkeypatch.setattr(launch_triton, "_kernels", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(driver, "_active", CompileOnly(request.param))
     return kernels
 
@@ -66,3 +74,12 @@ def assert_deterministic(kernels) -> None:
     for name, kernel in kernels.items():
         atomics = re.findall(r"\b(?:atom|red)\.\S+", kernel.asm["ptx"])
         assert not atomics, f"{name}: {atomics}"
+
+
+def resources(kernel: CompiledKernel, tmp_path: Path) -> dict[str, int]:
+    """Registers, bytes of stack and of shared memory that a kernel takes, by ptxas's words REG, STACK and SHARED."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return {name: int(count) for name, count in re.findall(r"\b(REG|STACK|SHARED):(\d+)", report)}
