@@ -33,7 +33,7 @@ from .vector_numba import (
     store_lanes,
 )
 
-CHUNK = 64  # tokens between two stored states, from which the backward recomputes those in between
+CHUNK = 32  # tokens between two stored states; what the backward keeps of a chunk fits in the first cache
 VECTORS = 4  # of channels in a block
 BLOCK = VECTORS * LANES
 TOGETHER = 4  # states that run over a chunk together

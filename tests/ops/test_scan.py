@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from semivim.ops import Direction, scan_reference, selective_scan, use_backend
+from semivim.ops import Direction, scan_kernels_numba, scan_reference, selective_scan, use_backend
 from semivim.ops.scan import scan
 from tests.ops.scan_cases import (
     BACKENDS,
@@ -408,7 +408,7 @@ def test_autocast_leaves_the_scan_alone(backend):
 
 @pytest.mark.parametrize("backend", ("reference", "numba"))
 def test_saved_values_are_the_states_after_each_chunk(backend):
-    chunk = scan_reference.CHUNK
+    chunk = {"reference": scan_reference, "numba": scan_kernels_numba}[backend].CHUNK
     x = bidirectional_inputs(1, 2 * chunk + 1, 4, 3)
     operands = [t for f in directions_of(x) for t in f[:6]]
     _, saved = torch.ops.semivim.scan(operands, [False, True], x["z"], None, 0.5, True, backend)
