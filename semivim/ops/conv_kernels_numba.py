@@ -25,9 +25,9 @@ from .vector_numba import (
     store_lanes,
 )
 
-GROUPS = 4  # vectors of channels in a task
-AHEAD = 24  # tokens; rows lie too far apart for a processor to guess them
-BLOCK = GROUPS * LANES
+VECTORS = 4  # vectors of channels in a task
+PREFETCHED = 24  # tokens ahead of the one in use; rows lie too far apart for a processor to guess them
+BLOCK = VECTORS * LANES
 
 # Addresses and strides in bytes. Where a direction is absent its weight (channels, 1, taps), bias, u, grad and
 # gradients are 0; weights, biases and their gradients are dense float32. `sums` holds float32 sums over tokens, by
@@ -46,7 +46,7 @@ def weights_scratch(taps: int) -> int:
 
 def ring_scratch(ring: int) -> int:
     """Bytes of the rings of a task's backward."""
-    return 2 * ring * GROUPS * WIDTH
+    return 2 * ring * VECTORS * WIDTH
 
 
 @compiled
@@ -67,12 +67,12 @@ def _pack_weights(call, block, packed):
 
 
 @compiled
-def _sum(kind, call, x, token, lanes, weights, back):
+def _sum(kind, call, x, token, lanes, weights, reverse):
     """One direction's sum before SiLU at one token; x and weights are at the task's image and channels."""
     last = call.taps - 1
     total = load(weights + call.taps * BLOCK * 4)
     step, missing = call.x_token, last - token
-    if back:
+    if reverse:
         step, missing = -call.x_token, token + last - call.tokens + 1
     first = x + token * call.x_token - last * step
     for j in range(max(0, missing), call.taps):
@@ -92,7 +92,7 @@ def forward(kind, calls, packed, begin, end):
             for c in range(block * BLOCK, min(call.channels, (block + 1) * BLOCK), LANES):
                 lanes = call.channels - c
                 x = call.x + image * call.x_image + c * call.size
-                prefetch(x + (token + AHEAD) * call.x_token)
+                prefetch(x + (token + PREFETCHED) * call.x_token)
                 weights = packed + 4 * (c - block * BLOCK)
                 out = ((image * call.tokens + token) * call.channels + c) * call.size
                 if call.u:
@@ -105,14 +105,14 @@ def forward(kind, calls, packed, begin, end):
 
 
 @compiled
-def _sum_backward(kind, call, x, grad, token, lanes, weights, sums, back):
+def _sum_backward(kind, call, x, grad, token, lanes, weights, sums, reverse):
     """Gradient of one direction's sum at one token; adds to those of its taps and bias."""
-    s = _sum(kind, call, x, token, lanes, weights, back)
+    s = _sum(kind, call, x, token, lanes, weights, reverse)
     gate = sigmoid(s)
     ds = load_lanes(kind, grad, lanes) * (gate * (splat(1.0) + s * (splat(1.0) - gate)))
     last = call.taps - 1
     step, missing = call.x_token, last - token
-    if back:
+    if reverse:
         step, missing = -call.x_token, token + last - call.tokens + 1
     first = x + token * call.x_token - last * step
     for j in range(max(0, missing), call.taps):
@@ -122,20 +122,20 @@ def _sum_backward(kind, call, x, grad, token, lanes, weights, sums, back):
 
 
 @compiled
-def _backward_token(kind, call, image, c, now, weights, ring):
-    """Take sum `now` of the causal direction and `now - k + 1` of the other; write dx of the latter token."""
+def _backward_token(kind, call, image, c, step, weights, ring):
+    """Take sum `step` of the causal direction and `step - k + 1` of the other; write dx of the latter token."""
     last, lanes = call.taps - 1, call.channels - c
-    token = now - last
+    token = step - last
     to_other = (call.taps + 1) * BLOCK * 4
     to_other_sums = (call.taps + 1) * call.lanes * 4
     x = call.x + image * call.x_image + c * call.size
     sums = call.sums + 4 * c + image * 2 * to_other_sums
     ring_b, wrap = ring + call.ring * WIDTH, call.ring - 1
     ds = splat(0.0)
-    if call.grad and now < call.tokens:
-        grad = call.grad + image * call.grad_image + now * call.grad_token + c * call.size
-        ds = _sum_backward(kind, call, x, grad, now, lanes, weights, sums, False)
-    store(ring + (now & wrap) * WIDTH, ds)
+    if call.grad and step < call.tokens:
+        grad = call.grad + image * call.grad_image + step * call.grad_token + c * call.size
+        ds = _sum_backward(kind, call, x, grad, step, lanes, weights, sums, False)
+    store(ring + (step & wrap) * WIDTH, ds)
     if token < 0:
         return
     ds = splat(0.0)
@@ -146,7 +146,7 @@ def _backward_token(kind, call, image, c, now, weights, ring):
     dx = splat(0.0)
     for j in range(call.taps):
         tap = weights + j * BLOCK * 4
-        dx = dx + load(tap) * load(ring + ((now - j) & wrap) * WIDTH)
+        dx = dx + load(tap) * load(ring + ((step - j) & wrap) * WIDTH)
         dx = dx + load(tap + to_other) * load(ring_b + ((token - last + j) & wrap) * WIDTH)
     at = call.dx + ((image * call.tokens + token) * call.channels + c) * call.size
     store_lanes(kind, at, lanes, dx)
@@ -161,19 +161,19 @@ def backward(kind, calls, scratch, begin, end):
     for task in range(begin, end):
         image, block = task // call.blocks, task % call.blocks
         _pack_weights(call, block, scratch)
-        for at in range(rings, rings + 2 * call.ring * GROUPS * WIDTH, WIDTH):
+        for at in range(rings, rings + 2 * call.ring * VECTORS * WIDTH, WIDTH):
             store(at, splat(0.0))
-        for group in range(GROUPS):
-            c = block * BLOCK + group * LANES
+        for vector in range(VECTORS):
+            c = block * BLOCK + vector * LANES
             if c < call.channels:
                 for row in range(2 * (call.taps + 1)):
                     store(call.sums + ((image * 2 * (call.taps + 1) + row) * call.lanes + c) * 4, splat(0.0))
-        for now in range(call.tokens + call.taps - 1):
-            for group in range(GROUPS):
-                c = block * BLOCK + group * LANES
+        for step in range(call.tokens + call.taps - 1):
+            for vector in range(VECTORS):
+                c = block * BLOCK + vector * LANES
                 if c < call.channels:
-                    weights = scratch + group * WIDTH
-                    _backward_token(kind, call, image, c, now, weights, rings + 2 * call.ring * group * WIDTH)
+                    weights = scratch + vector * WIDTH
+                    _backward_token(kind, call, image, c, step, weights, rings + 2 * call.ring * vector * WIDTH)
     restore_float_mode(mode)
 
 

@@ -136,13 +136,18 @@ def _adjoint_states(a_at, a_state, g, dA, decays, states, bc, row, dt, entering,
 
 
 @compiled
-def _prepare_backward(kind, call, side, place, scratch):
+def _prepare_backward(kind, call, operands, place, scratch):
     """Step sizes and read-out gradients of one vector of channels over one chunk; asks for the next block's rows."""
     lanes, step = place.lanes, place.step
-    bias, share, zero, scale = weight(side.delta_bias, place), ungated_share(call, place), splat(0.0), splat(call.scale)
-    u, u_step = rows(side.u, side.u_image, side.u_token, place, call.size), step * side.u_token
-    delta = rows(side.delta, side.delta_image, side.delta_token, place, call.size)
-    delta_step = step * side.delta_token
+    bias, share, zero, scale = (
+        weight(operands.delta_bias, place),
+        ungated_share(call, place),
+        splat(0.0),
+        splat(call.scale),
+    )
+    u, u_step = rows(operands.u, operands.u_image, operands.u_token, place, call.size), step * operands.u_token
+    delta = rows(operands.delta, operands.delta_image, operands.delta_token, place, call.size)
+    delta_step = step * operands.delta_token
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), step * call.z_token
     grad = rows(call.grad, call.grad_image, call.grad_token, place, call.size)
     grad_step = step * call.grad_token
@@ -192,7 +197,7 @@ def _load_states(call, place, s):
 
 
 @compiled
-def _backward_states(call, side, place, first, end, s):
+def _backward_states(call, operands, place, first, end, s):
     """Recomputation and adjoint of four states of a block over one chunk; sums of dB and dC over its channels."""
     row, a_state, count = call.padded * 4, call.lanes * 4, place.count
     bc = place.bc + 4 * s
@@ -202,7 +207,7 @@ def _backward_states(call, side, place, first, end, s):
         _load_states(call, place, s)
         at = (vector - first) * CHUNK * WIDTH
         dt, entering, y, dy = place.dt + at, place.input + at, place.y + at, place.dy + at
-        a_at = side.rates + s * a_state + 4 * place.c
+        a_at = operands.rates + s * a_state + 4 * place.c
         _recompute_states(a_at, a_state, place.decays, place.states, bc, row, dt, entering, y, count)
         g = place.h + (vector * call.padded + s) * WIDTH
         of_states = (place.image * call.directions + place.direction) * call.padded + s
@@ -222,12 +227,12 @@ def _backward_states(call, side, place, first, end, s):
 
 
 @compiled
-def _finish_backward(kind, call, side, place, scratch):
+def _finish_backward(kind, call, operands, place, scratch):
     """Gradients of u, delta, D and the bias of one vector of channels over one chunk; adds D u to the read-out."""
-    lanes, step, skip = place.lanes, place.step, weight(side.D, place)
-    u, u_step = rows(side.u, side.u_image, side.u_token, place, call.size), step * side.u_token
+    lanes, step, skip = place.lanes, place.step, weight(operands.D, place)
+    u, u_step = rows(operands.u, operands.u_image, operands.u_token, place, call.size), step * operands.u_token
     out, out_step = dense_rows(call, 0, place, call.size), step * call.channels * call.size
-    du, ddelta = side.du + out, side.ddelta + out
+    du, ddelta = operands.du + out, operands.ddelta + out
     sums = ((place.image * call.directions + place.direction) * call.lanes + place.c) * 4
     dD, dbias, ln_2 = load(call.dD + sums), load(call.dbias + sums), splat(LN_2)
     for k in range(scratch, scratch + place.count * WIDTH, WIDTH):
@@ -278,54 +283,54 @@ def _differentiate_gate(kind, call, place, y):
 
 
 @compiled
-def _backward_block(kind, call, side, place, block):
+def _backward_block(kind, call, operands, place, block):
     """Gradients of one block of channels over one chunk."""
     place.block = block
     first = block * VECTORS
     end = min(first + VECTORS, place.vectors)
     for vector in range(first, end):
         enter_vector(call, place, vector)
-        _prepare_backward(kind, call, side, place, (vector - first) * CHUNK * WIDTH)
+        _prepare_backward(kind, call, operands, place, (vector - first) * CHUNK * WIDTH)
     for s in range(0, call.padded, TOGETHER):
-        _backward_states(call, side, place, first, end, s)
+        _backward_states(call, operands, place, first, end, s)
     for vector in range(first, end):
         enter_vector(call, place, vector)
         at = (vector - first) * CHUNK * WIDTH
-        _finish_backward(kind, call, side, place, at)
+        _finish_backward(kind, call, operands, place, at)
         if call.z:
             _differentiate_gate(kind, call, place, place.y + at)
 
 
 @compiled
-def backward(kind, calls, sides, places, begin, end):
+def backward(kind, calls, directions, places, begin, end):
     """Run the tasks of a range; dA, dD and dbias are zero before."""
     call, place = calls[0], places[0]
     mode = flush_subnormals()
     while begin < end:
         begin = enter_strip(call, place, begin, end)
         for direction in range(call.directions):
-            side = sides[direction]
+            operands = directions[direction]
             place.direction = direction
             clear(place.h, place.vectors * call.padded * WIDTH)
             for chunk in range((call.tokens - 1) // CHUNK, -1, -1):
-                enter_chunk(call, side, place, chunk)
-                load_weights(kind, call, side, place)
+                enter_chunk(call, operands, place, chunk)
+                load_weights(kind, call, operands, place)
                 for block in range(place.blocks):
-                    _backward_block(kind, call, side, place, block)
+                    _backward_block(kind, call, operands, place, block)
     restore_float_mode(mode)
 
 
 @compiled
-def sum_blocks(kind, calls, sides, begin, end):
+def sum_blocks(kind, calls, directions, begin, end):
     """Gradients of B and C of a range of images: the sums over blocks of channels, in their order."""
     call = calls[0]
     mode = flush_subnormals()
     row = call.padded * 4
     for image in range(begin, end):
         for direction in range(call.directions):
-            side = sides[direction]
+            operands = directions[direction]
             for token in range(call.tokens):
-                out = side.dbc + (image * call.tokens + token) * 2 * call.n * call.size
+                out = operands.dbc + (image * call.tokens + token) * 2 * call.n * call.size
                 for j in range(0, call.n, LANES):
                     lanes = min(LANES, call.n - j)
                     dB, dC = splat(0.0), splat(0.0)

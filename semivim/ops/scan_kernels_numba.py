@@ -68,32 +68,32 @@ def padded_states(n: int) -> int:
 
 
 @compiled
-def transpose_rates(calls, sides):
+def transpose_rates(calls, directions):
     """Write `rates` of every direction."""
     call = calls[0]
     for direction in range(call.directions):
-        side = sides[direction]
-        for at in range(side.rates, side.rates + call.padded * call.lanes * 4, WIDTH):
+        operands = directions[direction]
+        for at in range(operands.rates, operands.rates + call.padded * call.lanes * 4, WIDTH):
             store(at, splat(0.0))
         for channel in range(call.channels):
             for s in range(call.n):
-                rate = load_float(side.A + (channel * call.n + s) * 4) * np.float32(LOG2_E)
-                store_float(side.rates + (s * call.lanes + channel) * 4, rate)
+                rate = load_float(operands.A + (channel * call.n + s) * 4) * np.float32(LOG2_E)
+                store_float(operands.rates + (s * call.lanes + channel) * 4, rate)
 
 
 @compiled
-def sum_images(calls, sides):
+def sum_images(calls, directions):
     """Write the gradients of A, D and the bias of delta: the sums over images, in their order."""
     call = calls[0]
     row = call.lanes * 4
     for direction in range(call.directions):
-        side = sides[direction]
+        operands = directions[direction]
         for s in range(call.n + 2):
-            rows, first, out, step = call.padded, call.dA + s * row, side.dA + s * 4, call.n * 4
+            rows, first, out, step = call.padded, call.dA + s * row, operands.dA + s * 4, call.n * 4
             if s == call.n:
-                rows, first, out, step = 1, call.dD, side.dD, 4
+                rows, first, out, step = 1, call.dD, operands.dD, 4
             if s == call.n + 1:
-                rows, first, out, step = 1, call.dbias, side.dbias, 4
+                rows, first, out, step = 1, call.dbias, operands.dbias, 4
             first += direction * rows * row
             for c in range(0, row, WIDTH):
                 total = load(first + c)
@@ -125,12 +125,12 @@ def enter_strip(call, place, task, end):
 
 
 @compiled
-def enter_chunk(call, side, place, chunk):
+def enter_chunk(call, operands, place, chunk):
     """Go to the first token of a chunk, in the direction of the scan."""
     place.chunk = chunk
     place.count = min(CHUNK, call.tokens - chunk * CHUNK)
     place.first, place.step = chunk * CHUNK, 1
-    if side.reverse:
+    if operands.reverse:
         place.first, place.step = call.tokens - 1 - chunk * CHUNK, -1
 
 
@@ -150,11 +150,11 @@ def clear(address, size):
 
 
 @compiled
-def load_weights(kind, call, side, place):
+def load_weights(kind, call, operands, place):
     """Copy a chunk's rows of B and C, padded with zeros, side by side to scratch as float32."""
     row = call.padded * 4
     at = place.bc
-    b_row = side.bc + place.image * side.bc_image + place.first * side.bc_token
+    b_row = operands.bc + place.image * operands.bc_image + place.first * operands.bc_token
     for _ in range(place.count):
         # A vector may run over into what is written after it; the last one into room left for it.
         for j in range(0, call.n, LANES):
@@ -162,7 +162,7 @@ def load_weights(kind, call, side, place):
         for j in range(0, call.n, LANES):
             store(at + row + 4 * j, load_lanes(kind, b_row + (call.n + j) * call.size, call.n - j))
         at += 2 * row
-        b_row += place.step * side.bc_token
+        b_row += place.step * operands.bc_token
 
 
 @compiled
@@ -233,12 +233,12 @@ def dense_rows(call, address, place, size):
 
 
 @compiled
-def _prepare_forward(kind, call, side, place):
+def _prepare_forward(kind, call, operands, place):
     """Step sizes and inputs of one vector of channels over one chunk; asks for the rows needed after them."""
-    dt, entering, y, lanes, bias = place.dt, place.input, place.y, place.lanes, weight(side.delta_bias, place)
-    u, u_step = rows(side.u, side.u_image, side.u_token, place, call.size), place.step * side.u_token
-    delta = rows(side.delta, side.delta_image, side.delta_token, place, call.size)
-    delta_step = place.step * side.delta_token
+    dt, entering, y, lanes, bias = place.dt, place.input, place.y, place.lanes, weight(operands.delta_bias, place)
+    u, u_step = rows(operands.u, operands.u_image, operands.u_token, place, call.size), place.step * operands.u_token
+    delta = rows(operands.delta, operands.delta_image, operands.delta_token, place, call.size)
+    delta_step = place.step * operands.delta_token
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), place.step * call.z_token
     total, total_step = dense_rows(call, call.total, place, 4), place.step * call.channels * 4
     next_u = next_delta = LANES * call.size
@@ -285,10 +285,16 @@ def write_sums(kind, first, last, gated, mixed, scale, lanes, total, ungated, to
 
 
 @compiled
-def _finish_forward(kind, call, side, place):
+def _finish_forward(kind, call, operands, place):
     """Add a direction's sums of a vector of channels over a chunk; write the output with the last one's."""
-    y, lanes, step, skip, share = place.y, place.lanes, place.step, weight(side.D, place), ungated_share(call, place)
-    u, u_step = rows(side.u, side.u_image, side.u_token, place, call.size), step * side.u_token
+    y, lanes, step, skip, share = (
+        place.y,
+        place.lanes,
+        place.step,
+        weight(operands.D, place),
+        ungated_share(call, place),
+    )
+    u, u_step = rows(operands.u, operands.u_image, operands.u_token, place, call.size), step * operands.u_token
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), step * call.z_token
     out, out_step = dense_rows(call, call.out, place, call.size), step * call.channels * call.size
     kept, kept_step = dense_rows(call, 0, place, 4), step * call.channels * 4
@@ -308,33 +314,33 @@ def _finish_forward(kind, call, side, place):
 
 
 @compiled
-def _forward_vector(kind, call, side, place):
+def _forward_vector(kind, call, operands, place):
     """Output of one vector of channels over one chunk."""
-    _prepare_forward(kind, call, side, place)
+    _prepare_forward(kind, call, operands, place)
     row, a_state = call.padded * 4, call.lanes * 4
     h = place.h + place.vector * call.padded * WIDTH
     for s in range(0, call.padded, TOGETHER):
-        a_at = side.rates + s * a_state + 4 * place.c
+        a_at = operands.rates + s * a_state + 4 * place.c
         _run_states(a_at, a_state, h + s * WIDTH, place.bc + 4 * s, row, place.dt, place.input, place.y, place.count)
     _store_states(call, place, h)
-    _finish_forward(kind, call, side, place)
+    _finish_forward(kind, call, operands, place)
 
 
 @compiled
-def forward(kind, calls, sides, places, begin, end):
+def forward(kind, calls, directions, places, begin, end):
     """Run the tasks of a range."""
     call, place = calls[0], places[0]
     mode = flush_subnormals()
     while begin < end:
         begin = enter_strip(call, place, begin, end)
         for direction in range(call.directions):
-            side = sides[direction]
+            operands = directions[direction]
             place.direction = direction
             clear(place.h, place.vectors * call.padded * WIDTH)
             for chunk in range((call.tokens - 1) // CHUNK + 1):
-                enter_chunk(call, side, place, chunk)
-                load_weights(kind, call, side, place)
+                enter_chunk(call, operands, place, chunk)
+                load_weights(kind, call, operands, place)
                 for vector in range(place.vectors):
                     enter_vector(call, place, vector)
-                    _forward_vector(kind, call, side, place)
+                    _forward_vector(kind, call, operands, place)
     restore_float_mode(mode)

@@ -63,14 +63,14 @@ def backward_scratch(blocks: int, padded: int) -> dict[str, int]:
 
 
 @compiled
-def _copy_weights(call, side, place):
+def _copy_weights(call, operands, place):
     """Copy the strip's values of A, bias and D side by side to scratch, whole vectors."""
     for vector in range(place.vectors):
         enter_vector(call, place, vector)
         at = place.weights + vector * _WEIGHTS
-        store(at, load(side.rates + 4 * place.c))
-        store(at + WIDTH, weight(side.delta_bias, place))
-        store(at + 2 * WIDTH, weight(side.D, place))
+        store(at, load(operands.rates + 4 * place.c))
+        store(at + WIDTH, weight(operands.delta_bias, place))
+        store(at + 2 * WIDTH, weight(operands.D, place))
 
 
 @compiled
@@ -83,12 +83,12 @@ def _store_states(call, place, h):
 
 
 @compiled
-def _forward_chunk(kind, call, side, place):
+def _forward_chunk(kind, call, operands, place):
     """Output of the strip over one chunk."""
     step, share = place.step, ungated_share(call, place)
-    u, u_step = rows(side.u, side.u_image, side.u_token, place, call.size), step * side.u_token
-    delta = rows(side.delta, side.delta_image, side.delta_token, place, call.size)
-    delta_step = step * side.delta_token
+    u, u_step = rows(operands.u, operands.u_image, operands.u_token, place, call.size), step * operands.u_token
+    delta = rows(operands.delta, operands.delta_image, operands.delta_token, place, call.size)
+    delta_step = step * operands.delta_token
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), step * call.z_token
     out, out_step = dense_rows(call, call.out, place, call.size), step * call.channels * call.size
     kept, kept_step = dense_rows(call, 0, place, 4), step * call.channels * 4
@@ -123,28 +123,28 @@ def _forward_chunk(kind, call, side, place):
 
 
 @compiled
-def forward(kind, calls, sides, places, begin, end):
+def forward(kind, calls, directions, places, begin, end):
     """Run the tasks of a range."""
     call, place = calls[0], places[0]
     mode = flush_subnormals()
     while begin < end:
         begin = enter_strip(call, place, begin, end)
         for direction in range(call.directions):
-            side = sides[direction]
+            operands = directions[direction]
             place.direction = direction
-            _copy_weights(call, side, place)
+            _copy_weights(call, operands, place)
             enter_vector(call, place, 0)
             clear(place.h, place.vectors * WIDTH)
             for chunk in range((call.tokens - 1) // CHUNK + 1):
-                enter_chunk(call, side, place, chunk)
-                load_weights(kind, call, side, place)
-                _forward_chunk(kind, call, side, place)
+                enter_chunk(call, operands, place, chunk)
+                load_weights(kind, call, operands, place)
+                _forward_chunk(kind, call, operands, place)
                 _store_states(call, place, place.h)
     restore_float_mode(mode)
 
 
 @compiled
-def _recompute_chunk(kind, call, side, place):
+def _recompute_chunk(kind, call, operands, place):
     """Step sizes, slopes of softplus, decays and states of the strip over one chunk, after the states before it."""
     before = stored_states(call, place, place.chunk - 1)
     for vector in range(place.vectors):
@@ -152,8 +152,8 @@ def _recompute_chunk(kind, call, side, place):
         if place.chunk > 0:
             h = load_lanes(FLOAT32, before + vector * WIDTH, call.channels - place.c - vector * LANES)
         store(place.states + vector * _KEPT + 3 * WIDTH, h)
-    u = rows(side.u, side.u_image, side.u_token, place, call.size)
-    delta = rows(side.delta, side.delta_image, side.delta_token, place, call.size)
+    u = rows(operands.u, operands.u_image, operands.u_token, place, call.size)
+    delta = rows(operands.delta, operands.delta_image, operands.delta_token, place, call.size)
     row = place.vectors * _KEPT
     for k in range(place.count):
         b = splat_at(place.bc + k * 4 * call.padded * 2)
@@ -170,16 +170,16 @@ def _recompute_chunk(kind, call, side, place):
             store(kept + WIDTH, slope)
             store(kept + 2 * WIDTH, decay)
             store(kept + 3 * WIDTH, state)
-        u += place.step * side.u_token
-        delta += place.step * side.delta_token
+        u += place.step * operands.u_token
+        delta += place.step * operands.delta_token
 
 
 @compiled
-def _adjoint_token(kind, call, side, place, k, block, share):
+def _adjoint_token(kind, call, operands, place, k, block, share):
     """Gradients of one block of channels at one token of the chunk."""
     token, size, row = place.first + k * place.step, call.size, place.vectors * _KEPT
     channel = place.c * size
-    u = side.u + place.image * side.u_image + token * side.u_token + channel
+    u = operands.u + place.image * operands.u_image + token * operands.u_token + channel
     z = call.z + place.image * call.z_image + token * call.z_token + channel
     grad = call.grad + place.image * call.grad_image + token * call.grad_token + channel
     dense = (place.image * call.tokens + token) * call.channels + place.c
@@ -219,8 +219,8 @@ def _adjoint_token(kind, call, side, place, k, block, share):
         change = g * load(kept - row + 3 * WIDTH)
         accumulate(dA + wide, change * dt)
         change = (change * load(weights) * splat(LN_2) + dinput * x) * load(kept + WIDTH)
-        store_lanes(kind, side.du + dense * size + at, lanes, dinput * dt + skip * gated)
-        store_lanes(kind, side.ddelta + dense * size + at, lanes, change)
+        store_lanes(kind, operands.du + dense * size + at, lanes, dinput * dt + skip * gated)
+        store_lanes(kind, operands.ddelta + dense * size + at, lanes, change)
         accumulate(call.dD + of_channels + wide, gated * x)
         accumulate(call.dbias + of_channels + wide, change)
     of_block = (place.image * call.blocks + place.first_block + block) * call.directions + place.direction
@@ -229,38 +229,38 @@ def _adjoint_token(kind, call, side, place, k, block, share):
 
 
 @compiled
-def backward(kind, calls, sides, places, begin, end):
+def backward(kind, calls, directions, places, begin, end):
     """Run the tasks of a range; dA, dD and dbias are zero before."""
     call, place = calls[0], places[0]
     mode = flush_subnormals()
     while begin < end:
         begin = enter_strip(call, place, begin, end)
         for direction in range(call.directions):
-            side = sides[direction]
+            operands = directions[direction]
             place.direction = direction
-            _copy_weights(call, side, place)
+            _copy_weights(call, operands, place)
             enter_vector(call, place, 0)
             clear(place.h, place.vectors * WIDTH)
             share = ungated_share(call, place)
             for chunk in range((call.tokens - 1) // CHUNK, -1, -1):
-                enter_chunk(call, side, place, chunk)
-                load_weights(kind, call, side, place)
-                _recompute_chunk(kind, call, side, place)
+                enter_chunk(call, operands, place, chunk)
+                load_weights(kind, call, operands, place)
+                _recompute_chunk(kind, call, operands, place)
                 for k in range(place.count - 1, -1, -1):
                     for block in range(place.blocks):
-                        _adjoint_token(kind, call, side, place, k, block, share)
+                        _adjoint_token(kind, call, operands, place, k, block, share)
     restore_float_mode(mode)
 
 
 @compiled
-def sum_blocks(kind, calls, sides, begin, end):
+def sum_blocks(kind, calls, directions, begin, end):
     """Gradients of B and C of a range of images: the sums over blocks of channels, in their order."""
     call = calls[0]
     mode = flush_subnormals()
     token = 2 * call.padded * 4  # bytes of a token's four values: sum for B, 0, sum for C, 0
     for image in range(begin, end):
         for direction in range(call.directions):
-            out = sides[direction].dbc + image * call.tokens * 2 * call.size
+            out = directions[direction].dbc + image * call.tokens * 2 * call.size
             first = call.sums + (image * call.blocks * call.directions + direction) * call.tokens * token
             for k in range(0, call.tokens, 4):
                 at, total = first + k * token, splat(0.0)
