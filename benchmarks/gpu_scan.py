@@ -1,14 +1,14 @@
 """The scan and whole Vim models on a GPU, as ratios measured in one run, from a checkout without installation.
 
-Usage: python benchmarks/gpu_scan.py [--dtype bfloat16] [--repeats 20]
+Usage: python benchmarks/gpu_scan.py [--dtype bfloat16] [--repeats 8]
 
 - The kernels alone, at a Vim block's shapes with 16 states and with one.
 - Between the mixer's two outer projections at b=64, l=197, d=384 (and one image of 6085 tokens): ours against Vim's
   way, two one-directional branches (causal-conv1d, mamba-ssm's scan) of which one runs on a flipped copy. Forward, and
   forward with backward. Left out where mamba-ssm or causal-conv1d is not installed; it builds with
   ``pip install --no-build-isolation mamba-ssm causal-conv1d``.
-- vim_{tiny,small}_patch16_224 against deit_{tiny,small}_patch16_224 and a ViT of Vim's depth, at 224 and 1248 pixels:
-  images a second and peak memory, inference and training step.
+- vim_{tiny,small}_patch16_224 against deit_{tiny,small}_patch16_224 and a ViT of Vim's depth, at 224 pixels, the tiny
+  ones at 1248 too: images a second and peak memory, inference and training step.
 
 Device time is what a CUDA graph of the work takes, so that the host does not count; wall time is what a user waits for,
 the host included. Medians after a warm-up; all sides run under the same autocast.
@@ -40,7 +40,7 @@ MODELS = (
     ("vim_small_patch16_224", {}),
     ("deit_small_patch16_224", {}),
 )
-SIZES = ((224, 256, 128), (1248, 8, 4))  # pixels, batch for inference, batch for training
+SIZES = ((224, 256, 128, 5), (1248, 8, 4, 3))  # pixels, batches for inference and training, models of `MODELS`
 KERNEL_SHAPES = ((64, 197, 384, 16), (128, 197, 384, 16), (8, 6085, 384, 16), (1, 6085, 384, 16), (64, 3136, 96, 1))
 OURS, VIMS_WAY = "ours", "Vim's way"
 
@@ -202,9 +202,9 @@ def compare_inner(dtype: torch.dtype, repeats: int) -> None:
 
 
 def compare_models(dtype: torch.dtype, repeats: int) -> None:
-    for size, batch, train_batch in SIZES:
+    for size, batch, train_batch, count in SIZES:
         print(f"\n{size} px, {dtype}: images a second by wall time (by device time), peak MiB")
-        for name, options in MODELS:
+        for name, options in MODELS[:count]:
             model = timm.create_model(name, img_size=size, **options).cuda()
             line = f"  {name}{', depth 24' if options else ''}:"
             for kind, images in (("forward", batch), ("forward and backward", train_batch)):
@@ -221,7 +221,7 @@ def compare_models(dtype: torch.dtype, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of autocast")
-    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each side")
+    parser.add_argument("--repeats", type=int, default=8, help="timed runs of each side")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_scan.py: no CUDA device is available; nothing was measured")

@@ -20,37 +20,11 @@ LANES = tl.constexpr(32)  # of a warp
 
 # Integers whose value, and tensors whose alignment, make no other kernel.
 OPERANDS = (
-    "u",
-    "u_b",
-    "delta",
-    "delta_b",
-    "A",
-    "A_b",
-    "D",
-    "D_b",
-    "bias",
-    "bias_b",
-    "z",
-    "mix",
-    "grad",
-    "saved",
-    "entry",
+    *("u", "u_b", "delta", "delta_b", "A", "A_b", "D", "D_b", "bias", "bias_b", "z", "mix", "grad", "saved", "entry"),
 )
 INTEGERS = (
     *("u_image", "u_token", "delta_image", "delta_token", "z_image", "z_token", "bc_image", "bc_token", "bc_state"),
-    *(
-        "x_image",
-        "x_token",
-        "saved_image",
-        "l",
-        "l_pad",
-        "segment",
-        "reverse",
-        "images",
-        "blocks",
-        "parts",
-        "scale",
-    ),
+    *("x_image", "x_token", "saved_image", "images", "l", "l_pad", "segment", "reverse", "blocks", "parts", "scale"),
 )
 
 
