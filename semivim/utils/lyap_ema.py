@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3, unwrap_model
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from semivim.utils.lyap_literal import literal_step
@@ -155,7 +155,7 @@ class LyapEmaV3(ModelEmaV3):
             exclude_buffers=exclude_buffers,
         )
         self.mode = mode
-        self._is_weight = _weights(unwrap_model(model))
+        self._is_weight = _weights(model)
         trainable = [p.requires_grad for p in model.parameters()]
         if not any(a and b for a, b in zip(self._is_weight, trainable, strict=True)):
             raise ValueError("model has no trainable weight of two or more dimensions that weight decay may act on")
@@ -399,12 +399,17 @@ def _total(norms: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _weights(model: nn.Module) -> list[bool]:
-    """Which parameters weight decay acts on: matrices, but not those that the model takes out, such as A_log."""
-    listed: Any = getattr(model, "no_weight_decay", set)
-    kept_out: set[str] = listed()
-    return [
-        p.ndim > 1 and not any(fnmatch(name, pattern) for pattern in kept_out) for name, p in model.named_parameters()
-    ]
+    """Which parameters weight decay acts on: matrices, but not those that a module takes out, such as A_log.
+
+    Every submodule is asked for the names that it takes out of its own parameters, so a parent module changes nothing.
+    """
+    kept_out: set[int] = set()
+    for module in model.modules():
+        listed: Any = getattr(module, "no_weight_decay", None)
+        patterns = listed() if callable(listed) else ()
+        named = module.named_parameters(remove_duplicate=False) if patterns else ()
+        kept_out.update(id(p) for name, p in named if any(fnmatch(name, pattern) for pattern in patterns))
+    return [p.ndim > 1 and id(p) not in kept_out for p in model.parameters()]
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

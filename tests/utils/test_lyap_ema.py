@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -113,6 +114,32 @@ def test_ball_is_relative_to_what_weight_decay_acts_on() -> None:
     assert stats.teacher_norm == pytest.approx(norm)
     assert stats.violated
     assert stats.alpha * stats.distance == pytest.approx(0.2 * norm)
+
+
+class Parent(nn.Module):
+    """A parent module with parameters that it takes out itself."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+        self.table = nn.Parameter(torch.full((50, 50), 7.0))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"table"}
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, Parent, lambda m: Parent(nn.ModuleDict({"a[b]": m})), lambda m: m])
+def test_parent_module_does_not_change_the_ball(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    child = WithConstants()
+    model = wrap(child)
+    norm = child.weight.norm().item()
+    assert LyapEmaV3(model).update(model).teacher_norm == pytest.approx(norm)
+
+
+def test_tied_parameter_is_taken_out_under_any_of_its_names() -> None:
+    child = WithConstants()
+    model = nn.ModuleDict({"first": nn.ParameterList([child.A_log]), "second": child})
+    assert LyapEmaV3(model).update(model).teacher_norm == pytest.approx(child.weight.norm().item())
 
 
 def test_calm_training_is_left_alone() -> None:
