@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ _logger = logging.getLogger(__name__)
 REF_MOMENTUM = 0.99  # running mean of d, over about 100 steps
 GUARD_WINDOW = 1000  # steps of the running guard rate
 GUARD_ALARM = 0.2
+STEPLESS_ALARM = 50  # a GradScaler that starts at 2^16 leaves out 16 steps at most before it reaches 1
 CHUNK_NUMEL = 2**24  # few launches on an accelerator
 CPU_CHUNK_NUMEL = 2**17  # few fresh pages on a CPU, where the difference then stays in cache
 
@@ -172,6 +173,7 @@ class LyapEmaV3(ModelEmaV3):
         self._guard_alarmed = False
         self._optimizer: torch.optim.Optimizer | None = None
         self._stepped = False
+        self._num_without_step = 0
         self._before: list[torch.Tensor] = []
         if mode == "literal":
             _logger.warning(
@@ -184,7 +186,14 @@ class LyapEmaV3(ModelEmaV3):
         A GradScaler does not call ``optimizer.step`` on infinite gradients; the update that follows is then skipped.
         Mode ``literal`` needs it for the student before the step and for the learning rate. That is halved through
         ``group['lr']`` and ``group['lr_scale']``, which timm's schedulers multiply by.
+
+        A wrapper that calls no hooks (timm's Lookahead, accelerate's AcceleratedOptimizer) is followed through the
+        optimizer that it wraps.
+
+        Raises:
+            ValueError: If neither ``optimizer`` nor one that it wraps calls step hooks.
         """
+        optimizer = _hooked(optimizer)
         self._optimizer = optimizer
 
         def before(*_: object) -> None:
@@ -221,8 +230,9 @@ class LyapEmaV3(ModelEmaV3):
             RuntimeError: If mode ``literal`` was not attached to an optimizer.
         """
         if self._optimizer is not None and not self._stepped:
+            self._watch_steps()
             return self._unchanged()
-        self._stepped = False
+        self._stepped, self._num_without_step = False, 0
         triples = zip(model.parameters(), self.module.parameters(), self._is_weight, strict=True)
         pairs = Pairs([], [], [])
         for s, t, is_weight in triples:
@@ -364,6 +374,17 @@ class LyapEmaV3(ModelEmaV3):
             )
         return self._unchanged()
 
+    def _watch_steps(self) -> None:
+        """Say once when the attached optimizer seems not to be the one that trains."""
+        self._num_without_step += 1
+        if self._num_without_step == STEPLESS_ALARM:
+            _logger.warning(
+                "LyapEMA left the teacher alone in the last %d updates: the attached %s took no step. Attach the "
+                "optimizer that trains.",
+                STEPLESS_ALARM,
+                type(self._optimizer).__name__,
+            )
+
     def _watch(self, violated: bool) -> None:
         """Keep the running guard rate, and say once when the guard rules the training."""
         self.guard_rate += (violated - self.guard_rate) / GUARD_WINDOW
@@ -376,6 +397,24 @@ class LyapEmaV3(ModelEmaV3):
                 GUARD_WINDOW,
                 self.v_radius,
             )
+
+
+def _hooked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer whose ``step`` calls hooks: itself, or the one that it wraps.
+
+    torch makes ``step`` call hooks in ``Optimizer.__init__``, which wrappers leave out.
+    """
+    inner: Any = optimizer
+    while not getattr(type(inner).step, "hooked", False):
+        wrapped = [value for value in vars(inner).values() if callable(getattr(value, "step", None))]
+        wrapped = [value for value in wrapped if hasattr(value, "param_groups")]
+        if len(wrapped) != 1:
+            raise ValueError(
+                f"optimizer must call step hooks or wrap one optimizer that does, got {type(optimizer).__name__}, "
+                f"whose __init__ does not call torch.optim.Optimizer.__init__"
+            )
+        inner = wrapped[0]
+    return cast(torch.optim.Optimizer, inner)
 
 
 def _chunks(pairs: Pairs) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:

@@ -4,11 +4,13 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from timm.optim import Lookahead
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -24,6 +26,7 @@ from tests.utils.lyap_toy import (
     make_optimizer,
     snapshot,
     spiked_run,
+    teacher_of,
     train_step,
     trained,
 )
@@ -153,6 +156,65 @@ def test_skipped_amp_step_changes_nothing(mode: str) -> None:
     assert_same(ema.module.state_dict(), teacher)
     assert ema.lyap_state_dict() == scalars
     assert not step(poison=False).skipped
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's AcceleratedOptimizer: no call of Optimizer.__init__, groups by property."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        for number, optimizer in enumerate(optimizers):
+            setattr(self, f"optimizer_{number}", optimizer)
+
+    @property
+    def param_groups(self) -> list:
+        return self.optimizer_0.param_groups
+
+    def step(self, closure: object = None) -> None:
+        self.optimizer_0.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer_0.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("mode", [*PROJECTING, "literal"])
+@pytest.mark.parametrize("wrap", [Lookahead, Wrapper, lambda o: Wrapper(Lookahead(o))])
+def test_wrapped_optimizer_is_followed(mode: str, wrap: Callable) -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, mode=mode)
+    optimizer = make_optimizer(model)
+    wrapped = wrap(optimizer)
+    ema.attach(wrapped, model)
+    teacher = copies(teacher_of(ema, model))
+    for step in range(1, 11):
+        model.zero_grad()
+        model(torch.randn(8, 12)).square().mean().backward()
+        wrapped.step()
+        assert not ema.update(model, step).skipped
+        assert ema.update(model, step).skipped
+    assert distance(teacher, teacher_of(ema, model)) > 0.0
+    if mode == "literal":
+        assert wrapped.param_groups[0]["lr"] < 1e-2
+
+
+def test_optimizer_without_hooks_is_refused_by_name() -> None:
+    model = make_model()
+    for wrapped in (Wrapper(), Wrapper(make_optimizer(model), make_optimizer(model))):
+        with pytest.raises(ValueError, match=r"optimizer must call step hooks .*, got Wrapper"):
+            LyapEmaV3(model).attach(wrapped, model)
+
+
+def test_optimizer_that_takes_no_step_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    ema = LyapEmaV3(model)
+    ema.attach(make_optimizer(model), model)
+    other = make_optimizer(model)
+    for step in range(120):
+        train_step(model, other, step)
+        assert ema.update(model).skipped
+    assert [record.getMessage() for record in caplog.records] == [
+        "LyapEMA left the teacher alone in the last 50 updates: the attached AdamW took no step. Attach the optimizer "
+        "that trains."
+    ]
 
 
 @pytest.mark.parametrize("mode", [*PROJECTING, "literal"])
