@@ -43,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper_stable": {"gamma": 50.0, "v_radius": 0.1},
     "literal": {"gamma": 1.0, "pull": 0.01, "pull_step": 0.01},
 }
+_NO_WEIGHT = "model has no trainable weight of two or more dimensions that weight decay may act on"
 _STATE = ("v", "ref", "pull", "lr_scale", "guard_rate")
 
 
@@ -159,7 +160,7 @@ class LyapEmaV3(ModelEmaV3):
         self._is_weight = _weights(model)
         trainable = [p.requires_grad for p in model.parameters()]
         if not any(a and b for a, b in zip(self._is_weight, trainable, strict=True)):
-            raise ValueError("model has no trainable weight of two or more dimensions that weight decay may act on")
+            raise ValueError(_NO_WEIGHT)
         self.gamma = options["gamma"]
         self.v_radius = options["v_radius"]
         self.pull_step = options["pull_step"]
@@ -187,8 +188,8 @@ class LyapEmaV3(ModelEmaV3):
         Mode ``literal`` needs it for the student before the step and for the learning rate. That is halved through
         ``group['lr']`` and ``group['lr_scale']``, which timm's schedulers multiply by.
 
-        A wrapper that calls no hooks (timm's Lookahead, accelerate's AcceleratedOptimizer) is followed through the
-        optimizer that it wraps.
+        A copy of this average is not attached. A wrapper that calls no hooks (timm's Lookahead, accelerate's
+        AcceleratedOptimizer) is followed through the optimizer that it wraps.
 
         Raises:
             ValueError: If neither ``optimizer`` nor one that it wraps calls step hooks.
@@ -206,6 +207,10 @@ class LyapEmaV3(ModelEmaV3):
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State of a copy or a pickle, which is not attached: the optimizer's hooks belong to this average."""
+        return self.__dict__ | {"_optimizer": None, "_stepped": False, "_num_without_step": 0, "_before": []}
+
     def get_decay(self, step: int | None = None) -> float:
         """Largest alpha at ``step``: ``decay``, or the warm-up's cap, which never starts at 0."""
         if step is None:
@@ -221,6 +226,8 @@ class LyapEmaV3(ModelEmaV3):
     def update(self, model: nn.Module, step: int | None = None) -> LyapStats:
         """Update teacher, and student where the guard asks for it, after an optimizer step.
 
+        With all parameters frozen there is nothing to guard: buffers and frozen parameters are averaged as always.
+
         Args:
             model: Student, wrapped or not.
             step: Number of this update, from 1; None leaves out warm-up and ``update_after_step``.
@@ -228,6 +235,7 @@ class LyapEmaV3(ModelEmaV3):
         Raises:
             FloatingPointError: If the student is not finite and ``on_nonfinite`` is ``raise``.
             RuntimeError: If mode ``literal`` was not attached to an optimizer.
+            ValueError: If parameters require gradients, but none of them is a weight.
         """
         if self._optimizer is not None and not self._stepped:
             self._watch_steps()
@@ -241,7 +249,14 @@ class LyapEmaV3(ModelEmaV3):
                 pairs.teacher.append(t)
                 if is_weight:
                     pairs.weights.append(t)
-        stats = (self._literal if self.mode == "literal" else self._project)(pairs, self.get_decay(step))
+        cap = self.get_decay(step)
+        if not pairs.student:
+            alpha, nan = self._alpha(0.0, 0.0, cap), math.nan
+            stats = LyapStats(alpha, 0.0, self.v, nan, 0.0, nan, 0.0, self.lr_scale, False, False)
+        elif not pairs.weights:
+            raise ValueError(_NO_WEIGHT)
+        else:
+            stats = (self._literal if self.mode == "literal" else self._project)(pairs, cap)
         if stats.skipped:
             return stats
         if self.exclude_buffers:
@@ -249,7 +264,8 @@ class LyapEmaV3(ModelEmaV3):
         else:
             self.apply_update_(model, stats.alpha)
         self.v = stats.v
-        self.ref = REF_MOMENTUM * (self.ref or stats.distance) + (1.0 - REF_MOMENTUM) * stats.distance
+        if pairs.student:
+            self.ref = REF_MOMENTUM * (self.ref or stats.distance) + (1.0 - REF_MOMENTUM) * stats.distance
         self._watch(stats.violated)
         return stats
 

@@ -196,6 +196,22 @@ def test_wrapped_optimizer_is_followed(mode: str, wrap: Callable) -> None:
         assert wrapped.param_groups[0]["lr"] < 1e-2
 
 
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
+def test_copy_of_an_attached_average_is_detached_and_works(twin_of: Callable) -> None:
+    model = make_model()
+    ema = LyapEmaV3(model)
+    optimizer = make_optimizer(model)
+    ema.attach(optimizer, model)
+    twin = twin_of(ema)
+    for step in range(1, 6):
+        train_step(model, optimizer, step)
+        assert ema.update(model, step) == twin.update(model, step)
+        assert ema.update(model, step).skipped
+    assert_same(twin.state_dict(), ema.state_dict())
+    twin.attach(optimizer, model)
+    assert twin.update(model).skipped
+
+
 def test_optimizer_without_hooks_is_refused_by_name() -> None:
     model = make_model()
     for wrapped in (Wrapper(), Wrapper(make_optimizer(model), make_optimizer(model))):
@@ -291,6 +307,32 @@ def test_replicas_stay_equal_to_the_bit(tmp_path: Path) -> None:
 def test_wrong_options_are_named(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LyapEmaV3(make_model(), **kwargs)
+
+
+@pytest.mark.parametrize("mode", [*PROJECTING, "literal"])
+def test_model_that_is_frozen_later_moves_only_buffers(mode: str) -> None:
+    model = make_model()
+    ema = LyapEmaV3(model, mode=mode)
+    ema.attach(make_optimizer(model), model)
+    ema._stepped = True
+    model.requires_grad_(False)
+    model(torch.randn(8, 12))
+    teacher, scalars, student = snapshot(ema.module), ema.lyap_state_dict(), snapshot(model)
+    stats = ema.update(model)
+    assert (stats.v, stats.violated, stats.skipped) == (0.0, False, False)
+    assert ema.lyap_state_dict() == scalars
+    assert_same(model.state_dict(), student)
+    for name, value in ema.module.state_dict().items():
+        assert torch.equal(value, teacher[name]) == (name not in dict(model.named_buffers())), name
+
+
+def test_model_whose_weights_are_frozen_later_is_refused() -> None:
+    model = make_model()
+    ema = LyapEmaV3(model)
+    for p in model.parameters():
+        p.requires_grad_(p.ndim == 1)
+    with pytest.raises(ValueError, match="no trainable weight"):
+        ema.update(model)
 
 
 @pytest.mark.gpu
