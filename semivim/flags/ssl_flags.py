@@ -70,7 +70,9 @@ def add_semi_supervised_flags(parser: Parser) -> None:
 
     group = parser.add_argument_group("LyapEMA")
     group.add_argument("--lyap-mode", default="default", choices=list(PRESETS), help="preset")
-    group.add_argument("--lyap-min-decay", type=SHARE, default=None, help="least decay, else the mode's")
+    group.add_argument(
+        "--lyap-min-decay", type=SHARE, default=None, help="least decay, else the mode's or --model-ema-decay"
+    )
     group.add_argument(
         "--lyap-gamma", type=NON_NEGATIVE, default=None, help="sensitivity of the decay, else the mode's"
     )
@@ -110,7 +112,7 @@ def _check_split(parser: Parser, args: argparse.Namespace) -> None:
 
 def _check_lyapema(parser: Parser, args: argparse.Namespace) -> None:
     lyapema, preset = args.ssl_method == "lyapema", PRESETS[args.lyap_mode]
-    least = preset.get("min_decay", 0.0) if args.lyap_min_decay is None else args.lyap_min_decay
+    least = args.lyap_min_decay or 0.0
     if lyapema and "decay" in preset and args.model_ema_decay < least:
         parser.error(f"--model-ema-decay {args.model_ema_decay:g} is below --lyap-min-decay {least:g}")
     conditions = {

@@ -79,7 +79,7 @@ class LyapEmaV3(ModelEmaV3):
     Args:
         model: Student; its copy becomes the teacher ``module``.
         decay: Largest alpha.
-        min_decay: Alpha for a student on top of its teacher.
+        min_decay: Alpha for a student on top of its teacher; with None the mode's, or ``decay`` where that is less.
         update_after_step: Number of steps during which the teacher copies the student.
         use_warmup: Cap alpha by ``1 - (1 + step / warmup_gamma) ** -warmup_power``.
         warmup_gamma: As in ModelEmaV3.
@@ -482,6 +482,8 @@ def _resolve(mode: str, **given: float | bool | None) -> dict[str, Any]:
     # Eq. (9) is the range from 0.5 to 1.
     neutral = {"decay": 1.0, "min_decay": 0.5, "use_warmup": False, "gamma": 0.0, "v_radius": 0.0, "pull": 0.0}
     options = neutral | {"pull_step": 0.0} | PRESETS[mode] | {k: v for k, v in given.items() if v is not None}
+    if given.get("min_decay") is None:
+        options["min_decay"] = min(options["min_decay"], options["decay"])
     if not 0.0 <= options["min_decay"] <= options["decay"] <= 1.0:
         raise ValueError(
             f"min_decay and decay must satisfy 0 <= min_decay <= decay <= 1, got {options['min_decay']} and "

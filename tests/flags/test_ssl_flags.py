@@ -95,7 +95,7 @@ def test_wrong_value_is_refused_where_it_is_read(words, capsys):
         ("--imb-factor-u -10", "--imb-factor-u is read only with --imb-n1, got -10"),
         ("--unlabeled-list f", "--unlabeled-list is read only with --labeled-list, got f"),
         ("--imb-factor-u 0.5", "argument --imb-factor-u: 0.5 is not >= 1 or, to reverse the classes, <= -1"),
-        ("--model-ema-decay 0.9", "--model-ema-decay 0.9 is below --lyap-min-decay 0.99"),
+        ("--model-ema-decay 0.9 --lyap-min-decay 0.95", "--model-ema-decay 0.9 is below --lyap-min-decay 0.95"),
         ("--lyap-min-decay 1", "--model-ema-decay 0.9998 is below --lyap-min-decay 1"),
     ],
 )
@@ -121,6 +121,7 @@ def test_list_is_no_draw(capsys):
         "--label-fraction 1 --ssl-method supervised --model-ema-decay 0.5 --model-ema-warmup",
         "--labels-per-class 1 --lyap-mode literal --lyap-gamma 2",
         "--labels-per-class 1 --lyap-mode paper_stable --lyap-radius 0",
+        "--labels-per-class 1 --model-ema-decay 0.9",
         "--labels-per-class 1 --lyap-min-decay 0.5 --model-ema-decay 0.5 --min-per-class 0 --strong-aa=",
         "--labels-per-class 1 --ssl-method ema-teacher --model-ema-decay 0 --pseudo-mixup prob --threshold 0",
     ],

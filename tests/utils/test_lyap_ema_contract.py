@@ -79,6 +79,18 @@ def test_contract_of_model_ema() -> None:
     assert (ema.v, ema.ref) == (0.0, 0.0)
 
 
+def test_decay_below_the_modes_least_decay_is_taken_as_model_ema_takes_it() -> None:
+    model = make_model()
+    ema, timm_ema = LyapEmaV3(model, 0.98, use_warmup=False), ModelEmaV3(model, 0.98)
+    assert (ema.decay, ema.min_decay) == (0.98, 0.98)
+    with torch.no_grad():
+        model[0].weight.mul_(1.01)
+    assert ema.update(model).alpha == 0.98
+    timm_ema.update(model)
+    assert_same(ema.state_dict(), timm_ema.state_dict())
+    assert LyapEmaV3(model, 0.999).min_decay == 0.99
+
+
 # --- invariant 8: resume ---------------------------------------------------------------------------------------------
 
 
@@ -296,7 +308,7 @@ def test_replicas_stay_equal_to_the_bit(tmp_path: Path) -> None:
         ({"mode": "literal", "v_radius": 0.1}, "v_radius does not apply to mode 'literal'"),
         ({"mode": "literal", "decay": 0.99}, "decay does not apply to mode 'literal'"),
         ({"pull": 0.1}, "pull does not apply to mode 'default'"),
-        ({"decay": 0.9}, "min_decay <= decay"),
+        ({"decay": 0.9, "min_decay": 0.95}, "min_decay <= decay"),
         ({"v_radius": -0.1}, "v_radius must be finite and not negative, got -0.1"),
         ({"gamma": float("nan")}, "gamma must be finite and not negative, got nan"),
         ({"v_radius": float("inf")}, "v_radius must be finite and not negative, got inf"),
