@@ -1,5 +1,6 @@
 """Image sources: access by index to timm's datasets, plain folders and scikit-learn's digits."""
 
+import logging
 import os
 import pickle
 import struct
@@ -11,15 +12,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
-from torchvision.datasets import DatasetFolder
 
+from semivim.data.image_files import classes_of_files, file_order, find_image_files, is_hidden
 from semivim.data.label_split import UNKNOWN
 from semivim.data.wds_shards import index_shards
 from semivim.utils.user_error import UserError
+
+_logger = logging.getLogger(__name__)
 
 # What Pillow raises on a missing, damaged or oversized image (DecompressionBombError is not an OSError).
 _DECODING_ERRORS = (OSError, SyntaxError, EOFError, TypeError, ValueError, struct.error, Image.DecompressionBombError)
@@ -186,23 +188,9 @@ def open_unlabelled_folder(root: str) -> ImageSource:
     """
     if not os.path.isdir(root):
         raise UserError(f"unlabelled folder {root!r} is not a directory")
-    extensions = get_img_extensions(as_set=True)
-    names, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # by a link, which may also lead round in a circle
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        names += [
-            os.path.relpath(os.path.join(folder, file), root)
-            for file in files
-            if os.path.splitext(file)[1].lower() in extensions and not file.startswith(".")
-        ]
+    names = find_image_files(root).names
     if not names:
-        raise UserError(f"unlabelled folder {root!r} holds no image ({', '.join(sorted(extensions))})")
-    names.sort(key=_order)
+        raise UserError(f"unlabelled folder {root!r} holds no image that Pillow reads")
     return ImageSource(_FileReader(root, names), np.full(len(names), UNKNOWN), names=names, root=root)
 
 
@@ -224,11 +212,6 @@ def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
         ]
     labels = np.concatenate([first.labels, second.labels])
     return ImageSource(_JoinedReader(first, second), labels, first.class_names, names, root)
-
-
-def _order(name: str) -> tuple[list[int | str], str]:
-    """Sort key of timm, with ties (a1 and a01, A and a) broken alike on every file system."""
-    return natural_key(name), name
 
 
 def _shared_images(first: ImageSource, second: ImageSource) -> str:
@@ -342,7 +325,7 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         read, labels, names = index_shards(data_dir or "", split, options.get("input_key"), options.get("target_key"))
         return ImageSource(read, labels, names=names, root=data_dir)
     if (not kind or dataset.lower() in ("torch/folder", "torch/image_folder")) and os.path.isdir(data_dir or ""):
-        data_dir = _split_folder(data_dir or "", split)
+        return _open_folder(_split_folder(data_dir or "", split), **options)
     try:
         opened = create_dataset(dataset, root=data_dir, split=split, search_split=False, **options)
         reader: Any = opened.reader if isinstance(opened, ImageDataset) else None
@@ -352,13 +335,6 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         raise UserError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {reason}") from error
     if reader is None:
         return _from_torchvision(dataset, opened, split)
-    if isinstance(reader, ReaderImageFolder):
-        if "class_map" not in options:
-            _refuse_equal_classes(reader.class_to_idx)
-        samples = sorted(reader.samples, key=lambda sample: _order(sample[0]))
-        source = _from_files(samples, reader.class_to_idx, reader.root)
-        _check_folders(source, reader.root, has_class_map="class_map" in options)
-        return source
     if isinstance(reader, ReaderImageInTar):
         labels, class_names = _classes(reader.targets, reader.class_name_to_idx)
         names = [os.path.normpath(name) for name in reader.filenames()]
@@ -370,9 +346,33 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
     return ImageSource(_TimmReader(reader), labels, class_names)
 
 
-def _from_files(samples: Sequence[tuple[str, int]], class_to_idx: dict[str, int], root: str) -> ImageSource:
-    names = [os.path.relpath(path, root) for path, _ in samples]
-    labels, class_names = _classes([label for _, label in samples], class_to_idx)
+def _open_folder(root: str, class_map: str = "", input_key: str | None = None) -> ImageSource:
+    """Open class folders: the class of an image is the outermost folder below ``root`` that holds it.
+
+    Args:
+        root: Folder of a split.
+        class_map: File that gives classes their labels; images of other classes are left out.
+        input_key: Extensions of images, separated by ``;``.
+    """
+    names, repeated = find_image_files(root, input_key.lower().split(";") if input_key else None)
+    if repeated:
+        raise UserError(f"links below {root!r} lead to one folder of images by several ways, which would count twice")
+    folders = classes_of_files(names)
+    if class_map:
+        try:
+            class_to_idx = load_class_map(class_map, root)
+        except _OPENING_ERRORS as error:
+            raise UserError(f"class_map {class_map!r}: {error}") from error
+        names = [name for name, folder in zip(names, folders, strict=True) if folder in class_to_idx]
+        folders = [folder for folder in folders if folder in class_to_idx]
+    else:
+        class_to_idx = {name: i for i, name in enumerate(sorted(set(folders), key=file_order))}
+        _check_folders(root, set(folders) - {""})
+    deep = [name for name in names if name.count(os.sep) > 1]
+    if deep:
+        where, folder = os.path.dirname(deep[0]), deep[0].split(os.sep, 1)[0]
+        _logger.warning("%s: %d images lie deeper: those in %r are of class %r", root, len(deep), where, folder)
+    labels, class_names = _classes([class_to_idx[folder] for folder in folders], class_to_idx)
     return ImageSource(_FileReader(root, names), labels, class_names, names, root)
 
 
@@ -395,32 +395,19 @@ def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tup
     return labels, names if names and [indices[name] for name in names] == list(range(len(names))) else None
 
 
-def _refuse_equal_classes(names: Iterable[str]) -> None:
-    """Refuse class names that tie in timm's order, so that their labels would depend on the file system."""
-    for first, second in pairwise(sorted(names, key=_order)):
+def _check_folders(root: str, classes: set[str]) -> None:
+    """Refuse class folders whose labels would depend on the file system, or that hold no image and shift labels."""
+    for first, second in pairwise(sorted(classes, key=file_order)):
         if natural_key(first) == natural_key(second):
             raise UserError(f"classes {first!r} and {second!r} differ in case or zeros only, and would swap labels")
-
-
-def _check_folders(source: ImageSource, root: str, has_class_map: bool) -> None:
-    """Refuse class folders that timm would number unexpectedly: hidden, linked twice, or without an image."""
-    folders = sorted({os.path.dirname(name) for name in source.names or ()} - {""})
-    for folder in folders:
-        if folder.startswith(".") or f"{os.sep}." in folder:
-            raise UserError(f"hidden folder {os.path.join(root, folder)!r} holds images and would count as a class")
-    if len(_real_folders(source)) < len({os.path.dirname(name) for name in source.names or ()}):
-        raise UserError(f"links below {root!r} lead to one folder of images by several ways, which would count twice")
     with os.scandir(root) as entries:
-        subfolders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
-    empty = sorted(subfolders - {folder.split(os.sep, 1)[0] for folder in folders})
-    if empty and folders and not has_class_map:
-        extensions = ", ".join(get_img_extensions())
-        raise UserError(f"class folders without an image ({extensions}) in {root!r}: {', '.join(empty[:10])}")
+        subfolders = {entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)}
+    empty = sorted(subfolders - classes)
+    if empty and classes:
+        raise UserError(f"class folders without an image that Pillow reads in {root!r}: {', '.join(empty[:10])}")
 
 
 def _from_torchvision(dataset: str, opened: Any, split: str) -> ImageSource:
-    if isinstance(opened, DatasetFolder):
-        return _from_files(opened.samples, opened.class_to_idx, str(opened.root))
     if getattr(opened, "train", None) is False and split not in (*_VAL_SPLITS, "test"):
         raise UserError(f"split {split!r} of {dataset!r} does not exist; wanted 'train' or 'validation'")
     labels = getattr(opened, "targets", getattr(opened, "labels", None))
