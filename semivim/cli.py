@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from semivim.convert import convert
 from semivim.data import UnreadableImageError
+from semivim.flags.data_flags import add_pixel_flags, pixel_rules
 from semivim.flags.parser import COUNT, Parser
 from semivim.hub.hub import publish
 from semivim.inference import find_images, load_model, predict
@@ -92,17 +93,18 @@ def _add_predict(parser: Parser) -> None:
     weights.add_argument("--checkpoint", metavar="FILE", help="weights for a timm name, or a training checkpoint")
     parser.add_argument("--num-classes", type=COUNT, help="number of classes of --checkpoint")
     parser.add_argument("--topk", type=COUNT, default=5, help="labels to print")
+    add_pixel_flags(parser)
     parser.set_defaults(run=_predict)
 
 
 def _predict(args: Namespace) -> Iterator[str]:
     """Label all images that can be read, then fail if one could not."""
     model = load_model(args.model, args.pretrained, args.checkpoint, args.num_classes)
-    paths = find_images(args.images)
+    paths, rules = find_images(args.images), pixel_rules(args)
     status = 0
     for path in paths:
         try:
-            labels = predict(model, path, args.topk)
+            labels = predict(model, path, args.topk, rules)
         except UnreadableImageError as error:
             sys.stderr.write(f"semivim: error: {one_line(error)}\n")
             status = 2

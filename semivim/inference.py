@@ -22,6 +22,7 @@ from semivim.hub.model_folder import MODEL_FILES, load_folder
 from semivim.models.vim_weights import named_tensors
 from semivim.runs.run_folder import WEIGHTS
 from semivim.utils.files import UNREADABLE, load_untrusted
+from semivim.utils.pixels import DEFAULT_RULES, PixelRules
 from semivim.utils.user_error import UserError, one_line
 
 _HUB = "hf-hub:"
@@ -83,7 +84,12 @@ def find_images(paths: Sequence[str]) -> list[str]:
     return files
 
 
-def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tuple[str, float]]:
+def predict(
+    model: nn.Module,
+    image_path: str | Path,
+    topk: int = 5,
+    rules: PixelRules = DEFAULT_RULES,
+) -> list[tuple[str, float]]:
     """Most probable classes of an image file, read and prepared by the code that evaluates a training run.
 
     A camera's note of how to turn the image (EXIF) is not obeyed, as timm does not obey it in training either.
@@ -92,6 +98,7 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
         model: A timm model in eval mode.
         image_path: Any image file that Pillow reads.
         topk: Number of classes to return, at most the model's.
+        rules: How pixels become 8 bits, as in training.
 
     Returns:
         ``(label, probability)``, most probable first.
@@ -105,7 +112,7 @@ def predict(model: nn.Module, image_path: str | Path, topk: int = 5) -> list[tup
         raise UserError("model: it has 0 classes, wanted a classifier")
     if not 1 <= topk <= len(names):
         raise UserError(f"topk: wanted 1 to {len(names)}, got {topk}")
-    source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)])
+    source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)], rules=rules)
     images = _evaluation_view(model, source.image(0), str(image_path))
     with torch.inference_mode():
         logits = model(images)[0].float()

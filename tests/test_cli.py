@@ -54,6 +54,25 @@ def test_predict_prints_labels_with_their_share(run_dir: Path, capsys: pytest.Ca
     assert sum(float(share) for share, _ in lines) == pytest.approx(100, abs=0.1)
 
 
+def test_predict_takes_the_rules_for_pixels_of_training(
+    tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("I;16", (40, 30), 700).save(tmp_path / "deep.png")
+
+    def labels(*words: str) -> str:
+        main(["predict", "--model", f"local-dir:{run_dir}", *words])
+        return capsys.readouterr().out
+
+    for name, words, colour in (
+        ("clear", (), (255, 255, 255)),
+        ("clear", ("--alpha-background", "#0a6400"), (10, 100, 0)),
+        ("deep", ("--max-value", "1023"), (175, 175, 175)),
+    ):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "flat.png")
+        assert labels(str(tmp_path / f"{name}.png"), *words) == labels(str(tmp_path / "flat.png"))
+
+
 def test_predict_labels_what_it_can_read_and_fails_at_the_end(
     tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture
 ) -> None:

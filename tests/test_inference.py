@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from semivim.data import EvaluationLoader, UnreadableImageError, View, open_source
 from semivim.inference import find_images, load_model, predict
+from semivim.utils.pixels import PixelRules
 from tests.run_folder import CLASSES, write_run
 
 
@@ -70,6 +71,20 @@ def test_any_mode(model: torch.nn.Module, photo: Image.Image, tmp_path: Path) ->
     photo.convert("L").save(tmp_path / "grey.png")
     photo.convert("L").convert("RGB").save(tmp_path / "grey3.png")
     assert predict(model, tmp_path / "grey.png") == predict(model, tmp_path / "grey3.png")
+
+
+def test_transparency_is_composed_on_the_background_of_training(
+    model: torch.nn.Module, photo: Image.Image, tmp_path: Path
+) -> None:
+    clip_art = photo.convert("RGBA")
+    clip_art.putalpha(Image.linear_gradient("L").resize(photo.size))
+    clip_art.save(tmp_path / "clip.png")
+    for colour, rules in (((255, 255, 255), ()), ((0, 80, 0), (PixelRules((0, 80, 0)),))):
+        flat = Image.alpha_composite(Image.new("RGBA", photo.size, colour), clip_art).convert("RGB")
+        flat.save(tmp_path / "flat.png")
+        expected = predict(model, tmp_path / "flat.png", 2)
+        assert predict(model, tmp_path / "clip.png", 2, *rules) == expected
+        assert predict(model, tmp_path / "clip.png", 2, PixelRules((255, 0, 255))) != expected
 
 
 def test_a_folder_stands_for_the_images_below_it(photo: Image.Image, tmp_path: Path) -> None:

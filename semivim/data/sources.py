@@ -6,10 +6,12 @@ import pickle
 import struct
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
@@ -19,6 +21,7 @@ from timm.utils.misc import natural_key
 from semivim.data.image_files import classes_of_files, file_order, find_image_files, is_hidden
 from semivim.data.label_split import UNKNOWN
 from semivim.data.wds_shards import index_shards
+from semivim.utils.pixels import DEFAULT_RULES, PixelRules, to_8_bit, uses_little_of_its_range
 from semivim.utils.user_error import UserError
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ class ImageSource:
         class_names: Names of the classes, in the order of their labels; None where the format has none.
         names: Unique name of each image, a path relative to ``root`` for files; None where images have no names.
         root: Folder that names are relative to.
+        rules: How pixels become 8 bits.
 
     Raises:
         UserError: If the labels are not one whole number an image.
@@ -73,8 +77,11 @@ class ImageSource:
         class_names: Sequence[str] | None = None,
         names: Sequence[str] | None = None,
         root: str | None = None,
+        rules: PixelRules = DEFAULT_RULES,
     ) -> None:
         self.read = read
+        self.rules = rules
+        self._range_said = _range_said()  # travels to worker processes
         given = np.asarray(labels)
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
             raise UserError(f"labels must be one whole number an image, got {given.dtype} of shape {given.shape}")
@@ -105,14 +112,31 @@ class ImageSource:
         try:
             image = self.read(index)
             image.load()
-            image = _to_8_bit(image)
+            self._watch_range(index, image)
+            image = to_8_bit(image, self.rules)
         except _DECODING_ERRORS as error:
             raise UnreadableImageError(f"{self.describe(index)} is unreadable: {error}") from error
         return image
 
+    def _watch_range(self, index: int, image: Image.Image) -> None:
+        """Say once that an image is darker than its format lets it be, as 12 bits in a 16-bit file are."""
+        if self._range_said or (largest := uses_little_of_its_range(image, self.rules)) is None:
+            return
+        self._range_said.fill_(True)
+        _logger.warning(
+            "%s uses under 1/8 of its range: its largest value is %d; state the value that is white (--max-value)",
+            self.describe(index),
+            largest,
+        )
+
 
 def open_source(
-    dataset: str, data_dir: str | None = None, split: str = "train", num_classes: int | None = None, **options: Any
+    dataset: str,
+    data_dir: str | None = None,
+    split: str = "train",
+    num_classes: int | None = None,
+    rules: PixelRules = DEFAULT_RULES,
+    **options: Any,
 ) -> ImageSource:
     """Open a data set by timm's name for it, or ``embedded/digits``.
 
@@ -122,6 +146,7 @@ def open_source(
         data_dir: Root of the data, a folder that holds one folder a split, or a .tar.
         split: Name of the split, with timm's synonyms for folders; '.' is ``data_dir`` itself.
         num_classes: Number of classes that labels must stay below; not checked if None.
+        rules: How pixels become 8 bits.
         **options: More of timm's ``create_dataset`` arguments (class_map, download, ...).
 
     Raises:
@@ -135,6 +160,7 @@ def open_source(
         source = _open_digits(dataset, data_dir, split)
     else:
         source = _open_timm(kind, dataset, data_dir, split, **options)
+    source.rules = rules
     if len(source) == 0:
         raise UserError(f"dataset {dataset!r}, split {split!r}: no images in {data_dir!r}")
     if num_classes is not None and source.num_classes > num_classes:
@@ -195,7 +221,7 @@ def open_unlabelled_folder(root: str) -> ImageSource:
 
 
 def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
-    """Append the images of one source to another's; the classes are the first one's.
+    """Append the images of one source to another's; the classes and the rules for pixels are the first one's.
 
     Raises:
         UserError: If they have images in common, which would count twice.
@@ -211,7 +237,13 @@ def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
             for name in source.names or ()
         ]
     labels = np.concatenate([first.labels, second.labels])
-    return ImageSource(_JoinedReader(first, second), labels, first.class_names, names, root)
+    return ImageSource(_JoinedReader(first, second), labels, first.class_names, names, root, first.rules)
+
+
+@cache
+def _range_said() -> torch.Tensor:
+    """Whether a picture of little range was named already, ``(1,)``; one flag for this process and its workers."""
+    return torch.zeros(1, dtype=torch.bool).share_memory_()
 
 
 def _shared_images(first: ImageSource, second: ImageSource) -> str:
@@ -225,19 +257,6 @@ def _shared_images(first: ImageSource, second: ImageSource) -> str:
 def _real_folders(source: ImageSource) -> set[str]:
     folders = {os.path.dirname(name) for name in source.names or ()}
     return {os.path.realpath(os.path.join(source.root or "", folder)) for folder in folders}
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert to 'L' or 'RGB'; Pillow's own conversion clips 16-bit values at 255, which leaves a white image."""
-    if image.mode in ("L", "RGB"):
-        return image
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise UserError(f"the range of its pixels is not known (mode {image.mode}), wanted 8 or 16 bits a channel")
-    if image.mode == "P":  # Pillow warns of lost transparency in P to RGB, not in P to RGBA to RGB
-        image = image.convert("RGBA")
-    return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
 class _FileReader:

@@ -4,9 +4,11 @@ import argparse
 import re
 from typing import Any
 
+from PIL import ImageColor
 from timm.data import create_transform
 
 from semivim.flags.parser import COUNT, COUNT_OR_NONE, NON_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_ONE, Parser
+from semivim.utils.pixels import PixelRules
 
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
@@ -39,6 +41,36 @@ def add_dataset_flags(parser: Parser) -> None:
     group.add_argument("--input-key", default=None, metavar="KEY", help="dataset key for images")
     group.add_argument("--target-key", default=None, metavar="KEY", help="dataset key for labels")
     group.add_argument("--dataset-trust-remote-code", action="store_true", help="let hfds/ datasets run their code")
+    add_pixel_flags(group)
+
+
+def colour(text: str) -> str:
+    """Type of a flag that holds a colour by name or as #rrggbb."""
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a colour, wanted one such as white or #ffffff") from None
+    return text
+
+
+def add_pixel_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags of ``PixelRules``."""
+    group.add_argument(
+        "--alpha-background", type=colour, default="white", metavar="COLOUR", help="colour behind transparent pixels"
+    )
+    group.add_argument(
+        "--max-value",
+        type=COUNT,
+        default=None,
+        metavar="N",
+        help="white in grey images of over 8 bits, else what the file states",
+    )
+
+
+def pixel_rules(args: argparse.Namespace) -> PixelRules:
+    """How pixels become 8 bits."""
+    red, green, blue, *_ = ImageColor.getrgb(args.alpha_background)
+    return PixelRules((red, green, blue), args.max_value)
 
 
 def source_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,7 +83,9 @@ def source_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         "trust_remote_code": args.dataset_trust_remote_code,
     }
     given = {name: value for name, value in options.items() if value}
-    return {"dataset": args.dataset, "data_dir": args.data_dir, "num_classes": args.num_classes, **given}
+    return {"dataset": args.dataset, "data_dir": args.data_dir, "num_classes": args.num_classes, **given} | {
+        "rules": pixel_rules(args)
+    }
 
 
 def add_augmentation_flags(parser: Parser) -> None:

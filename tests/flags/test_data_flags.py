@@ -4,6 +4,7 @@ from timm.data import Mixup
 from semivim.data import View, open_source
 from semivim.flags import data_flags
 from semivim.flags.parser import COUNT, Parser
+from semivim.utils.pixels import PixelRules
 
 
 def parse(words):
@@ -19,7 +20,8 @@ def parse(words):
 
 def test_data_set_is_opened_with_what_was_given_only():
     args = parse("--dataset embedded/digits --num-classes 10")
-    assert data_flags.source_kwargs(args) == {"dataset": "embedded/digits", "data_dir": None, "num_classes": 10}
+    given = {"dataset": "embedded/digits", "data_dir": None, "num_classes": 10}
+    assert data_flags.source_kwargs(args) == given | {"rules": PixelRules((255, 255, 255), None)}
     assert len(open_source(split=args.train_split, **data_flags.source_kwargs(args))) > 1000
     words = "--dataset hfds/x --data-dir d --class-map m --dataset-download --input-key image --target-key label"
     kwargs = data_flags.source_kwargs(parse(f"{words} --dataset-trust-remote-code"))
@@ -39,6 +41,19 @@ def test_every_flag_of_a_view_reaches_it():
     }  # fmt: skip
     view = View((3, 32, 32), (0.5,) * 3, (0.5,) * 3, **data_flags.view_kwargs(parse("--aa v0 --reprob 0.5")))
     assert view.erasing.probability == 0.5
+
+
+def test_rules_for_pixels_reach_the_source():
+    args = parse("--dataset embedded/digits --alpha-background #102030 --max-value 4095")
+    assert open_source(**data_flags.source_kwargs(args)).rules == PixelRules((16, 32, 48), 4095)
+    assert open_source(**data_flags.source_kwargs(parse("--dataset embedded/digits"))).rules == PixelRules()
+
+
+@pytest.mark.parametrize("words", ["--alpha-background blurple", "--max-value 0", "--max-value x"])
+def test_odd_rules_for_pixels_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        parse(words)
+    assert f"argument {words.split()[0]}: {words.split()[1]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["--mixup 0.2", "--cutmix 1", "--cutmix-minmax 0.2 0.8"])

@@ -1,0 +1,83 @@
+"""Pixels of a decoded image as 8 bits of grey or of each colour."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from semivim.utils.user_error import UserError
+
+_TIFF_BITS_PER_SAMPLE, _TIFF_MAX_SAMPLE_VALUE = 258, 281
+_8_BIT_MAX, _16_BIT_MAX = 2**8 - 1, 2**16 - 1
+
+
+class PixelRules(NamedTuple):
+    """What Pillow's own conversion leaves open.
+
+    ``alpha_background`` is the colour behind transparent pixels, red, green and blue in [0, 255]; ``max_value`` the
+    value that is white in grey images of more than 8 bits, None for the maximum that the file states.
+    """
+
+    alpha_background: tuple[int, int, int] = (255, 255, 255)
+    max_value: int | None = None
+
+
+DEFAULT_RULES = PixelRules()
+
+
+def to_8_bit(image: Image.Image, rules: PixelRules) -> Image.Image:
+    """Convert to 'L' or 'RGB'.
+
+    Pillow drops transparency, which leaves the arbitrary colour of invisible pixels, and clips deep pixels at 255.
+
+    Raises:
+        UserError: If the range of the pixels is not known.
+    """
+    if white := white_value(image, rules):
+        deep = np.asarray(image).astype(np.int64)
+        return Image.fromarray((deep * 256 // (white + 1)).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"the range of its pixels is not known (mode {image.mode}), wanted 8 or 16 bits a channel"
+            f"{', or a max_value' if image.mode == 'I' else ''}"
+        )
+    if image.has_transparency_data:
+        return _compose(image, rules.alpha_background)
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def white_value(image: Image.Image, rules: PixelRules) -> int | None:
+    """Value that is white in a grey image of more than 8 bits; None if the image is not one, or of unknown range."""
+    is_deep = image.mode.startswith("I;16")
+    if not is_deep and image.mode != "I":
+        return None
+    if rules.max_value:
+        return rules.max_value
+    if not is_deep:
+        return _16_BIT_MAX if image.format == "PPM" else None  # Pillow scales a PGM file by the maximum it states
+    tags: Any = getattr(image, "tag_v2", {})
+    stated = _first(tags.get(_TIFF_MAX_SAMPLE_VALUE)) or 2 ** min(16, _first(tags.get(_TIFF_BITS_PER_SAMPLE))) - 1
+    return stated if _8_BIT_MAX < stated <= _16_BIT_MAX else _16_BIT_MAX
+
+
+def _first(tag: Any) -> int:
+    """First value of a TIFF tag, 0 if the file has none."""
+    return int(tag[0] if isinstance(tag, tuple) else tag or 0)
+
+
+def uses_little_of_its_range(image: Image.Image, rules: PixelRules) -> int | None:
+    """Largest value of a deep grey image that stays below 1/8 of its range; None of others, and of a black image."""
+    white = white_value(image, rules)
+    if white is None:
+        return None
+    largest = int(np.asarray(image).max())
+    return largest if 0 < largest < (white + 1) // 8 else None
+
+
+def _compose(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Put a picture with transparency on a colour."""
+    is_grey = image.mode in ("1", "L", "LA") and len(set(background)) == 1
+    canvas = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("L" if is_grey else "RGB")
