@@ -16,7 +16,15 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, NativeScaler
 from torch import nn
 
-from semivim.runs.run_folder import BEST, CHECKPOINT_SUFFIX, CONFIG, RECOVERY, WEIGHTS
+from semivim.runs.run_folder import (
+    BEST,
+    CHECKPOINT_SUFFIX,
+    CONFIG,
+    RECOVERY,
+    WEIGHTS,
+    numbered_checkpoint,
+    remove_checkpoint,
+)
 from semivim.utils.files import flush, load_untrusted, write_text
 from semivim.utils.user_error import UserError, one_line
 
@@ -63,10 +71,35 @@ class AtomicCheckpointSaver(CheckpointSaver):
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """Save the end of an epoch; recovery files, now older than ``last``, go."""
         best = super().save_checkpoint(epoch, metric)
-        for file in Path(self.recovery_dir).glob(f"{self.recovery_prefix}-*-*{self.extension}"):
-            file.unlink(missing_ok=True)
+        for file in self.folder.glob(f"{RECOVERY}-[0-9]*-[0-9]*{CHECKPOINT_SUFFIX}"):
+            remove_checkpoint(self.folder, file.name)
         self.curr_recovery_file = self.prev_recovery_file = ""
         return best
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the history of checkpoints.
+
+        Raises:
+            UserError: If the history is not one that a run writes: its names are those of files to remove one day.
+        """
+        try:
+            files = [
+                (numbered_checkpoint(self.folder, name), metric) for name, metric in state_dict["checkpoint_files"]
+            ]
+            epoch, pending_metric = state_dict["pending"]
+            metrics = [*(metric for _, metric in files), pending_metric, state_dict["best_metric"]]
+            known = all(metric is None or isinstance(metric, int | float) for metric in metrics)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.folder}: the checkpoint's history is damaged: {one_line(error)}") from error
+        if not known or not isinstance(epoch, int):
+            raise UserError(f"{self.folder}: the checkpoint's history is damaged: epoch {epoch!r}, metrics {metrics!r}")
+        super().load_state_dict(state_dict)
+
+    def _cleanup_checkpoints(self, trim: int = 0) -> None:
+        kept = max(0, self.max_history - min(len(self.checkpoint_files), trim))
+        for path, _ in self.checkpoint_files[kept:]:
+            remove_checkpoint(self.folder, Path(path).name)
+        self.checkpoint_files = self.checkpoint_files[:kept]
 
     def _replace(self, src: str, dst: str) -> None:
         flush(Path(src))

@@ -33,6 +33,27 @@ LOCK = ".lock"
 CHECKPOINT_SUFFIX = ".pth.tar"  # timm's saver adds it to the names below, checkpoint-EPOCH and recovery-EPOCH-UPDATE
 LAST = f"last{CHECKPOINT_SUFFIX}"
 RECOVERY = "recovery"
+_REMOVABLE = re.compile(rf"(checkpoint-\d+|{RECOVERY}-\d+-\d+){re.escape(CHECKPOINT_SUFFIX)}", re.ASCII)
+
+
+def numbered_checkpoint(folder: Path, name: object) -> Path:
+    """Path of a run's numbered checkpoint; the only way to a file whose name comes out of another file.
+
+    Args:
+        folder: The run folder.
+        name: Should be ``checkpoint-EPOCH.pth.tar`` or ``recovery-EPOCH-UPDATE.pth.tar``, without any folder.
+
+    Raises:
+        UserError: If the name is anything else, as a foreign checkpoint may have it.
+    """
+    if not isinstance(name, str) or not _REMOVABLE.fullmatch(name):
+        raise UserError(f"{folder}: wanted the name of a numbered checkpoint, got {name!r}, which is left alone")
+    return folder / name
+
+
+def remove_checkpoint(folder: Path, name: object) -> None:
+    """Remove a run's numbered checkpoint if it exists (see :func:`numbered_checkpoint`)."""
+    numbered_checkpoint(folder, name).unlink(missing_ok=True)
 
 
 def run_folder(output: str, experiment: str, resume: str, name: str) -> Path:

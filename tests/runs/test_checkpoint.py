@@ -109,6 +109,34 @@ def test_recovery_files_are_newer_than_last(tmp_path):
     assert [p.name for p in tmp_path.glob("recovery-*")] == ["recovery-1-9.pth.tar"]
 
 
+@pytest.mark.parametrize(
+    "history",
+    [
+        {"checkpoint_files": [("{outside}", -1.0), ("../outside", -2.0)]},
+        {"checkpoint_files": [("../outside", -1.0)]},
+        {"pending": ("1/../../outside", None)},
+        {"checkpoint_files": [("checkpoint-1.pth.tar", "high")]},
+        {"checkpoint_files": 3},
+        {"best_metric": [1]},
+    ],
+    ids=str,
+)
+def test_history_of_a_foreign_checkpoint_removes_nothing(history, tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    outside.touch()
+    folder.mkdir()
+    state = {"checkpoint_files": [], "best_epoch": None, "best_metric": None, "pending": (0, None)} | history
+    if state["checkpoint_files"] and state["checkpoint_files"] != 3:
+        state["checkpoint_files"] = [(n.format(outside=outside), m) for n, m in state["checkpoint_files"]]
+    saver = make_saver(folder)
+    with pytest.raises(UserError, match=r"^\S+run: (wanted the name|the checkpoint's history is damaged)"):
+        saver.load_state_dict(state)
+    for epoch in range(4):
+        saver.save_checkpoint(epoch, float(epoch))
+    assert outside.exists()
+    assert len(list(folder.glob("checkpoint-*"))) == saver.max_history
+
+
 def test_last_and_best_exist_at_every_moment(tmp_path, monkeypatch):
     """Every file operation of a save is followed by a look at what a kill at that moment would leave."""
     saver = make_saver(tmp_path)

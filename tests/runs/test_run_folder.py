@@ -9,8 +9,10 @@ from semivim.runs.run_folder import (
     check_unchanged,
     find_checkpoint,
     lock_folder,
+    numbered_checkpoint,
     refuse_going_back,
     refuse_other_run,
+    remove_checkpoint,
     run_folder,
 )
 from semivim.utils.user_error import UserError
@@ -36,6 +38,28 @@ def test_auto_takes_the_newest(tmp_path):
         (tmp_path / f"{name}.pth.tar").touch()
         os.utime(tmp_path / f"{name}.pth.tar", (100 + age, 100 + age))
     assert find_checkpoint("auto", tmp_path).name == "recovery-1-10.pth.tar"
+
+
+FOREIGN_NAMES = (
+    "/any/file", "../../x", "../checkpoint-1.pth.tar", "a/checkpoint-1.pth.tar", "checkpoint-../../x.pth.tar", "",
+    "checkpoint-1.pth.tar\n", "last.pth.tar", "args.yaml", ".", "..", "checkpoint-1.pth.tar\0", None, 3, b"x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN_NAMES, ids=repr)
+def test_foreign_names_lead_to_no_file(name, tmp_path):
+    with pytest.raises(UserError, match="wanted the name of a numbered checkpoint, got") as error:
+        remove_checkpoint(tmp_path, name)
+    assert "\n" not in str(error.value)
+
+
+def test_numbered_checkpoints_are_removed_directly_in_the_folder(tmp_path):
+    for name in ("checkpoint-12.pth.tar", "recovery-0-7.pth.tar"):
+        path = numbered_checkpoint(tmp_path, name)
+        path.touch()
+        remove_checkpoint(tmp_path, name)
+        remove_checkpoint(tmp_path, name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["last", "recovery-0-2", "checkpoint-3", "model_best"])
