@@ -9,7 +9,6 @@ from typing import Any, cast
 import timm
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_input_data_config
 from timm.models import get_pretrained_cfg, split_model_name_tag
@@ -21,7 +20,7 @@ from semivim.hub.hub_session import fetch, hub_session
 from semivim.hub.model_folder import MODEL_FILES, load_folder
 from semivim.models.vim_weights import named_tensors
 from semivim.runs.run_folder import WEIGHTS
-from semivim.utils.files import UNREADABLE, load_untrusted
+from semivim.utils.files import UNREADABLE, check_weights_file, load_untrusted
 from semivim.utils.pixels import DEFAULT_RULES, PixelRules
 from semivim.utils.user_error import UserError, one_line
 
@@ -166,10 +165,8 @@ def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.
 def _read_weights(path: str) -> dict[str, Tensor]:
     if not path.endswith(".safetensors"):
         return load_untrusted(path)
-    try:
-        return load(Path(path).read_bytes())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
+    check_weights_file(path)
+    return load(Path(path).read_bytes())
 
 
 def _load_pretrained(name: str) -> nn.Module:

@@ -15,7 +15,7 @@ import yaml
 import train_ssl
 from semivim.data import UnreadableImageError
 from semivim.runs.checkpoint import AtomicCheckpointSaver
-from semivim.runs.run_folder import find_checkpoint
+from semivim.runs.run_folder import find_checkpoints
 from tests.training import ROOT, TINY, assert_same_run, refused, run
 
 
@@ -99,7 +99,7 @@ def test_run_killed_again_and_again_ends_as_the_unbroken_one(whole, tmp_path):
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, point
-        newest = find_checkpoint("auto", folder)
+        newest, *_ = find_checkpoints("auto", folder)
         reached.append(torch.load(newest, weights_only=False)["task_state"]["progress"]["num_updates"])
     assert reached == sorted(reached)
     assert reached[0] >= 1

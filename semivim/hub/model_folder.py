@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from semivim.runs.run_folder import CONFIG, WEIGHTS
+from semivim.utils.files import check_weights_file
 from semivim.utils.user_error import UserError, one_line
 
 MODEL_FILES = (CONFIG, WEIGHTS)
@@ -42,6 +43,7 @@ def load_folder(folder: Path, where: str) -> nn.Module:
     if not timm.is_model(architecture):
         raise UserError(f"{where}: {CONFIG}: architecture {architecture!r} is unknown to timm")
     try:
+        check_weights_file(folder / WEIGHTS)
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (LookupError, TypeError) as error:  # a bug of the model's, but where the config gives it options
         if not config.get("model_args"):

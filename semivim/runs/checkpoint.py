@@ -25,6 +25,7 @@ from semivim.runs.run_folder import (
     numbered_checkpoint,
     remove_checkpoint,
 )
+from semivim.utils.checksum import seal_checkpoint, seal_safetensors
 from semivim.utils.files import flush, load_untrusted, write_text
 from semivim.utils.user_error import UserError, one_line
 
@@ -100,6 +101,10 @@ class AtomicCheckpointSaver(CheckpointSaver):
         for path, _ in self.checkpoint_files[kept:]:
             remove_checkpoint(self.folder, Path(path).name)
         self.checkpoint_files = self.checkpoint_files[:kept]
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        super()._save(save_path, epoch, metric)
+        seal_checkpoint(Path(save_path))
 
     def _replace(self, src: str, dst: str) -> None:
         flush(Path(src))
@@ -217,6 +222,7 @@ def save_model(
     config = {"label_names": list(label_names)} if label_names and len(label_names) == model.num_classes else None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
         save_for_hf(model, temporary, model_config=config, safe_serialization=True, data_config=data_config)
+        seal_safetensors(Path(temporary) / WEIGHTS)
         shutil.copymode(Path(temporary) / CONFIG, Path(temporary) / WEIGHTS)  # readable by others
         for name in (WEIGHTS, CONFIG):
             flush(Path(temporary) / name)

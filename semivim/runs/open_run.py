@@ -20,7 +20,7 @@ from semivim.runs.progress import Progress
 from semivim.runs.run_folder import (
     ARGS,
     check_unchanged,
-    find_checkpoint,
+    find_checkpoints,
     lock_folder,
     refuse_going_back,
     refuse_other_run,
@@ -28,16 +28,18 @@ from semivim.runs.run_folder import (
 )
 from semivim.runs.run_log import RunLog
 from semivim.utils.files import write_text
+from semivim.utils.user_error import UserError
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run's folder, the ``resume`` flag, and the checkpoint to go on from, None for a new run."""
+    """A run's folder, the ``resume`` flag, what it names, and the checkpoint to go on from, None for a new run."""
 
     folder: Path
     resume: str
+    paths: list[Path]
     path: Path | None
     checkpoint: dict[str, Any] | None
 
@@ -97,13 +99,36 @@ def find_run(output: str, experiment: str, resume: str, name: str) -> FoundRun:
         UserError: If the folder holds another run, or the checkpoint cannot be read.
     """
     folder = run_folder(output, experiment, resume, name)
-    path = find_checkpoint(resume, folder)
-    found = FoundRun(folder, resume, path, load_training_checkpoint(path) if path else None)
+    paths = find_checkpoints(resume, folder)
+    found = FoundRun(folder, resume, paths, *_load_newest(paths))
     if not found.continues:
         refuse_other_run(folder)
     if resume:
-        _logger.info(f"{folder} goes on from {path}" if path else f"{folder} holds nothing to resume: a new run")
+        _logger.info(
+            f"{folder} goes on from {found.path}" if found.path else f"{folder} holds nothing to resume: a new run"
+        )
     return found
+
+
+def _load_newest(paths: Sequence[Path]) -> tuple[Path | None, dict[str, Any] | None]:
+    """Read the first checkpoint that can be read; a line names each one before it.
+
+    Raises:
+        UserError: That of the first, if none can be read.
+    """
+    errors: list[UserError] = []
+    for path in paths:
+        try:
+            checkpoint = load_training_checkpoint(path)
+        except UserError as error:
+            errors.append(error)
+            continue
+        for damaged in errors:
+            _logger.warning(f"{damaged}; falling back to {path}")
+        return path, checkpoint
+    if errors:
+        raise errors[0]
+    return None, None
 
 
 @contextmanager
@@ -144,7 +169,7 @@ def open_run(
     if not primary:
         yield Run(found.folder, RunLog(None, total_updates, progress.num_updates), None)
         return
-    with lock_folder(found.folder, found.resume, found.path):
+    with lock_folder(found.folder, found.resume, found.paths):
         write_text(found.folder / ARGS, yaml.safe_dump(dict(config), sort_keys=False))
         args = Namespace(**config, **sizes, run_layout=RUN_LAYOUT)
         saver = AtomicCheckpointSaver(found.folder, export, args=args, **saved)

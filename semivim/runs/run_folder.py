@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,18 +71,21 @@ def run_folder(output: str, experiment: str, resume: str, name: str) -> Path:
     return Path(output or "output/train") / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
 
 
-def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """File to resume, None to start afresh; 'auto' takes the newest of the run folder.
+def find_checkpoints(resume: str, folder: Path) -> list[Path]:
+    """File to resume, [] to start afresh; 'auto' takes those of the run folder, newest first.
 
     A recovery file, whose name tells epoch and update, is newer than ``last``: the end of an epoch removes them.
     """
     if resume != "auto":
-        return Path(resume) if resume else None
-    recovery = list(folder.glob(f"{RECOVERY}-*-*{CHECKPOINT_SUFFIX}"))
-    if recovery:
-        return max(recovery, key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
+        return [Path(resume)] if resume else []
     last = folder / LAST
-    return last if last.is_file() else None
+    return [*_numbered(folder, RECOVERY), *([last] if last.is_file() else []), *_numbered(folder, "checkpoint")]
+
+
+def _numbered(folder: Path, kind: str) -> list[Path]:
+    """Numbered checkpoints of one kind, newest first."""
+    files = [file for file in folder.glob(f"{kind}-*{CHECKPOINT_SUFFIX}") if _REMOVABLE.fullmatch(file.name)]
+    return sorted(files, key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)], reverse=True)
 
 
 def check_unchanged(saved: Mapping[str, Any], given: Mapping[str, Any], fixed: Mapping[str, str]) -> None:
@@ -115,7 +118,7 @@ def refuse_other_run(folder: Path) -> None:
     """Raise UserError where a folder holds checkpoints, which a run that does not continue them would overwrite."""
     files = [file.name for file in folder.glob(f"*{CHECKPOINT_SUFFIX}") if "tmp" not in file.name]
     if files:
-        resume = "auto" if find_checkpoint("auto", folder) else folder / max(files)
+        resume = "auto" if find_checkpoints("auto", folder) else folder / max(files)
         raise UserError(f"{folder} holds a run already: add --resume {resume} to go on, or name another --experiment")
 
 
@@ -135,13 +138,13 @@ def refuse_going_back(path: Path, num_epochs: int) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path, resume: str, path: Path | None) -> Iterator[None]:
+def lock_folder(folder: Path, resume: str, paths: Sequence[Path]) -> Iterator[None]:
     """Create a run folder and keep other processes out of it until the block, or this process, ends.
 
     Args:
         folder: The run folder.
-        resume: As of :func:`find_checkpoint`.
-        path: What :func:`find_checkpoint` found before.
+        resume: As of :func:`find_checkpoints`.
+        paths: What :func:`find_checkpoints` found before.
 
     Raises:
         UserError: If the folder cannot be written, another process trains in it, or has done so since.
@@ -160,8 +163,8 @@ def lock_folder(folder: Path, resume: str, path: Path | None) -> Iterator[None]:
             raise UserError(f"{folder} is in use by another process: name another --experiment") from None
         except OSError as error:
             _logger.warning(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
-        if path is None or path.parent.resolve() != folder.resolve():
+        if not paths or paths[0].parent.resolve() != folder.resolve():
             refuse_other_run(folder)
-        elif find_checkpoint(resume, folder) != path:
+        elif find_checkpoints(resume, folder) != paths:
             raise UserError(f"{folder}: another process went on with this run meanwhile: start again")
         yield

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from semivim.utils.checksum import check_seal
 from semivim.utils.user_error import UserError, one_line
 
 
@@ -67,12 +68,16 @@ def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
         What it holds, tensors on the CPU.
 
     Raises:
-        UserError: If the file is missing, damaged, no torch file, or holds anything but a dict; one line names it.
+        UserError: If the file is missing, damaged (see ``check_seal``), no torch file, or holds anything but a dict;
+            one line names it.
     """
     try:
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says it all
+            check_seal(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except UNREADABLE as error:
         # torch wraps what it found in the advice to load the file unrestricted
         inner = error.__context__ if isinstance(error, UnpicklingError) else None
@@ -92,6 +97,7 @@ def check_weights_file(path: str | os.PathLike) -> None:
         load_untrusted(path)
         return
     try:
+        check_seal(path)
         with safe_open(path, framework="pt") as file:
             file.keys()
     except (OSError, SafetensorError) as error:

@@ -65,7 +65,7 @@ def train(folder, resume="", epochs=1, **options):
 def test_new_run_writes_its_flags_and_checkpoints(tmp_path):
     found = find(tmp_path / "run")
     assert not found.folder.exists()
-    assert (found.path, found.checkpoint, found.continues) == (None, None, False)
+    assert (found.paths, found.path, found.checkpoint, found.continues) == ([], None, None, False)
     found.restore(*make(), None, None)
     run = train(tmp_path / "run")
     assert yaml.safe_load((run.folder / "args.yaml").read_text()) == {"model": "m", "lr": 0.1}
@@ -86,6 +86,34 @@ def test_resumed_run_goes_on_with_what_was_saved(tmp_path):
     with pytest.raises(UserError, match="--batch-size is 4, but 8 in the run to resume"):
         found.check_unchanged({"images": 4}, {"images": "--batch-size"})
     assert len(train(tmp_path / "run", "auto", epochs=3).saver.checkpoint_files) == 3
+
+
+def test_auto_falls_back_to_the_newest_good_checkpoint_and_says_so(tmp_path, caplog):
+    folder = tmp_path / "run"
+    run = train(folder, epochs=3, max_history=3)
+    run.saver.save_recovery(3, 3)
+    for name, keep, place in (("recovery-3-3.pth.tar", 200, None), ("last.pth.tar", None, 700)):
+        content = bytearray((folder / name).read_bytes())
+        if place:
+            content[place] ^= 4
+        (folder / name).unlink()  # a checkpoint-N may be the same file
+        (folder / name).write_bytes(content[:keep])
+    caplog.clear()
+    found = find(folder, "auto")
+    assert (found.path.name, found.checkpoint["epoch"]) == ("checkpoint-2.pth.tar", 2)
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 2
+    assert "recovery-3-3.pth.tar is not a readable torch file" in lines[0]
+    assert "last.pth.tar is damaged: its SHA-256 is" in lines[1]
+    assert all(line.endswith("; falling back to " + str(found.path)) for line in lines)
+    with opened(found):
+        pass
+    for path in found.paths:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"recovery-3-3\.pth\.tar is not a readable"):
+        find(folder, "auto")
+    with pytest.raises(UserError, match=r"last\.pth\.tar is not a readable"):  # a named one has no stand-in
+        find(folder, str(folder / LAST))
 
 
 def test_branch_takes_a_checkpoint_and_not_the_history(tmp_path):

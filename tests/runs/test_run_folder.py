@@ -7,7 +7,7 @@ import pytest
 
 from semivim.runs.run_folder import (
     check_unchanged,
-    find_checkpoint,
+    find_checkpoints,
     lock_folder,
     numbered_checkpoint,
     refuse_going_back,
@@ -28,16 +28,18 @@ def test_folder_is_named_by_the_run_the_file_or_the_time(tmp_path):
 
 
 def test_auto_takes_the_newest(tmp_path):
-    assert find_checkpoint("", tmp_path) is None
-    assert find_checkpoint("auto", tmp_path) is None
-    assert find_checkpoint("x.pth.tar", tmp_path).name == "x.pth.tar"
-    for name in ("checkpoint-9", "last"):
+    assert find_checkpoints("", tmp_path) == []
+    assert find_checkpoints("auto", tmp_path) == []
+    assert find_checkpoints("x.pth.tar", tmp_path) == [Path("x.pth.tar")]
+    for name in ("checkpoint-9", "checkpoint-10", "last", "model_best", "recovery_tmp", "checkpoint-x", "recovery-1-x"):
         (tmp_path / f"{name}.pth.tar").touch()
-    assert find_checkpoint("auto", tmp_path).name == "last.pth.tar"
+    names = ["last.pth.tar", "checkpoint-10.pth.tar", "checkpoint-9.pth.tar"]
+    assert [path.name for path in find_checkpoints("auto", tmp_path)] == names
     for age, name in enumerate(("recovery-1-9", "recovery-1-10", "recovery-0-11")):  # a copy may have any age
         (tmp_path / f"{name}.pth.tar").touch()
         os.utime(tmp_path / f"{name}.pth.tar", (100 + age, 100 + age))
-    assert find_checkpoint("auto", tmp_path).name == "recovery-1-10.pth.tar"
+    names = ["recovery-1-10.pth.tar", "recovery-1-9.pth.tar", "recovery-0-11.pth.tar", *names]
+    assert [path.name for path in find_checkpoints("auto", tmp_path)] == names
 
 
 FOREIGN_NAMES = (
@@ -69,7 +71,7 @@ def test_folder_with_any_whole_checkpoint_holds_a_run(name, tmp_path):
     refuse_other_run(tmp_path)
     refuse_other_run(tmp_path / "absent")
     (tmp_path / f"{name}.pth.tar").touch()
-    found = "auto" if name.startswith(("last", "recovery")) else f".*{name}.pth.tar"
+    found = "auto" if name != "model_best" else f".*{name}.pth.tar"
     with pytest.raises(UserError, match=f"holds a run already: add --resume {found} to go on"):
         refuse_other_run(tmp_path)
 
@@ -78,7 +80,7 @@ OWNER = """
 import os, sys, time
 from pathlib import Path
 from semivim.runs.run_folder import lock_folder
-with lock_folder(Path(sys.argv[1]), "", None):
+with lock_folder(Path(sys.argv[1]), "", []):
     if os.fork() == 0:  # as a loader process, which outlives a killed run
         time.sleep(600)
     print("ready", flush=True)
@@ -91,11 +93,11 @@ def test_folder_belongs_to_one_process_until_it_ends(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(folder)], stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert owner.stdout.readline() == b"ready\n"
-        with pytest.raises(UserError, match="run is in use by another process"), lock_folder(folder, "", None):
+        with pytest.raises(UserError, match="run is in use by another process"), lock_folder(folder, "", []):
             pass
         owner.kill()
         owner.wait()
-        with lock_folder(folder, "", None):
+        with lock_folder(folder, "", []):
             pass
     finally:
         os.killpg(owner.pid, 9)
@@ -106,7 +108,7 @@ def test_folder_belongs_to_one_process_until_it_ends(tmp_path):
 def test_folder_that_cannot_be_written_is_one_line():
     with (
         pytest.raises(UserError, match=r"--output: cannot write to /proc/x/run: No such file"),
-        lock_folder(Path("/proc/x/run"), "", None),
+        lock_folder(Path("/proc/x/run"), "", []),
     ):
         pass
 
@@ -114,11 +116,11 @@ def test_folder_that_cannot_be_written_is_one_line():
 def test_folder_in_which_another_process_trained_meanwhile_is_refused(tmp_path):
     last = tmp_path / "last.pth.tar"
     last.touch()
-    with pytest.raises(UserError, match="holds a run already"), lock_folder(tmp_path, "auto", None):
+    with pytest.raises(UserError, match="holds a run already"), lock_folder(tmp_path, "auto", []):
         pass
-    with lock_folder(tmp_path, "auto", last):
+    with lock_folder(tmp_path, "auto", [last]):
         (tmp_path / "recovery-1-7.pth.tar").touch()
-    with pytest.raises(UserError, match="another process went on with this run"), lock_folder(tmp_path, "auto", last):
+    with pytest.raises(UserError, match="another process went on with this run"), lock_folder(tmp_path, "auto", [last]):
         pass
 
 
