@@ -92,6 +92,7 @@ from semivim.runs.run_folder import CURVES, LAST, METRICS, WEIGHTS
 from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_figures import batch_figures, interval_means, teacher_figures
 from semivim.utils.metrics import evaluate
+from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, user_errors_end_the_program
 
 # What a resumed run may not change, with the flags that set it.
@@ -293,6 +294,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
 
     # Train
     steps = loader.steps(progress.num_updates * accum)
+    stack.callback(steps.close)  # ends loader processes
+    stop = stack.enter_context(StopSignal(device))
     ramp_steps = args.warmup_epochs * epoch_updates
 
     def forward(batches: tuple[Batch, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -338,6 +341,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
                 progress.unreadable = sum_over_ranks(loader.unreadable)
                 run.save_recovery(progress)
+            if signal_number := stop.asked():
+                progress.unreadable = sum_over_ranks(loader.unreadable)
+                run.stop(progress, signal_number)
 
         progress.unreadable = sum_over_ranks(loader.unreadable)
         student, teacher = {}, {}

@@ -184,3 +184,51 @@ def test_plateau_and_counts_of_broken_images_survive_a_resume(tmp_path, monkeypa
     assert resumed["unreadable_images"] == unbroken["unreadable_images"]
     assert {r["lr"] for r in report(folder)["records"] if "lr" in r} == {0.002}
     assert report(folder)["records"] == report(tmp_path / "unbroken")["records"]
+
+
+SIGNALLED = """
+import os, signal, sys
+import train_ssl
+from semivim.utils.user_error import UserError
+step = train_ssl.optimizer_step
+calls = []
+def signalled(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2 and int(os.environ.get("RANK", 0)) == int(sys.argv[1]):
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return step(*args, **kwargs)
+train_ssl.optimizer_step = signalled
+train_ssl.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_signal_ends_a_run_after_its_update_and_it_goes_on_bit_by_bit(number, whole, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*TINY, "--output", str(tmp_path), "--experiment", "run"]
+    command = [sys.executable, "-c", SIGNALLED, "0", str(int(number)), *flags, "--workers", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 128 + number, done.stderr
+    assert f"{number.name}: ending after this update; once more ends at once" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1].endswith("run: stopped at update 2; continue with --resume auto")
+    assert [file.name for file in find_checkpoints("auto", folder)] == ["recovery-0-2.pth.tar"]
+    run(folder, "--resume", "auto")
+    assert_same_run(folder, whole)
+    assert report(folder) == report(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_stop_at_the_same_update_whichever_gets_the_signal(rank, tmp_path):
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    flags = [*TINY, "--output", str(tmp_path), "--experiment", "run", "--device", "cpu"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "signalled.py"), str(rank), str(int(signal.SIGTERM)), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode != 0
+    assert "run: stopped at update 2; continue with --resume auto" in done.stdout, done.stderr
+    assert [file.name for file in find_checkpoints("auto", tmp_path / "run")] == ["recovery-0-2.pth.tar"]
+    assert 'train_ssl.py", line' not in done.stderr

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from semivim.data.prefetch import prefetch
 from semivim.data.sources import ImageSource
 from semivim.data.views import Pixels, View
+from semivim.utils.stop_signal import leave_signals_to_the_parent
 from semivim.utils.user_error import UserError
 
 
@@ -74,6 +75,7 @@ class EvaluationLoader:
             batch_size=batch_size,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            worker_init_fn=leave_signals_to_the_parent,
             collate_fn=_already_collated,
         )
 

@@ -7,7 +7,7 @@ a run continues exactly from nothing but its step number.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from semivim.data.prefetch import prefetch
 from semivim.data.sources import ImageSource, UnreadableImageError
 from semivim.data.views import Pixels, View
+from semivim.utils.stop_signal import leave_signals_to_the_parent
 
 _logger = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class StreamLoader:
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.unreadable: dict[int, int] = {}
 
-    def steps(self, start_step: int = 0) -> Iterator[tuple[Batch, ...]]:
+    def steps(self, start_step: int = 0) -> Generator[tuple[Batch, ...], None, None]:
         """Yield the batches of ``start_step`` and all later steps, one for each stream, without end."""
         loader = DataLoader(
             _Steps(self.streams),
@@ -202,6 +203,7 @@ class StreamLoader:
             sampler=_StepsFrom(start_step),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=leave_signals_to_the_parent,
         )
         # Counted only when the batch is used: a resumed run loads the prefetched batch again.
         for batches, skipped in prefetch(loader, self._move, self.device):

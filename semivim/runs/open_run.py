@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import yaml
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
@@ -84,6 +85,19 @@ class Run:
         """Save the state in the middle of an epoch."""
         if self.saver:
             self.saver.save_recovery(progress.num_epochs, progress.num_updates)
+
+    def stop(self, progress: Progress, signal_number: int) -> NoReturn:
+        """Save the state for a resumed run and end this one; all ranks must call this after the same update.
+
+        Raises:
+            SystemExit: With status 128 + the signal's number, as a shell has it.
+        """
+        self.save_recovery(progress)
+        if dist.is_initialized():
+            dist.barrier()  # a launcher ends all ranks where one has ended
+        if self.saver:
+            self.log.say(f"{self.folder}: stopped at update {progress.num_updates}; continue with --resume auto")
+        raise SystemExit(128 + signal_number)
 
 
 def find_run(output: str, experiment: str, resume: str, name: str) -> FoundRun:

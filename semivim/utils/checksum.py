@@ -25,9 +25,8 @@ def seal_checkpoint(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-2, os.SEEK_END)
         file.write(struct.pack("<H", _SEAL_BYTES))
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0, os.SEEK_END)
+    digest = _digest_of_first(path, path.stat().st_size)
+    with path.open("ab") as file:
         file.write(_MARK + digest.encode())
 
 
