@@ -85,10 +85,10 @@ from semivim.flags.train_flags import (
 )
 from semivim.runs.checkpoint import save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
-from semivim.runs.optimizer_step import SkippedSteps, mean_lr, optimizer_step, update_seed
+from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
 from semivim.runs.progress import Progress, sum_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
-from semivim.runs.run_folder import CURVES, LAST, METRICS, WEIGHTS
+from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
 from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_figures import batch_figures, interval_means, teacher_figures
 from semivim.utils.metrics import evaluate
@@ -317,7 +317,6 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         scheduler.step_update(progress.num_updates)
     elif progress.num_epochs:  # plateau would take epoch 0 for warm-up
         scheduler.step(progress.num_epochs)
-    skipped = SkippedSteps(found.folder / LAST)
     student, teacher = dict[str, Any](), dict[str, Any]()
     for epoch in range(progress.num_epochs, epochs):
         task.train()
@@ -328,7 +327,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             # All randomness of an update comes from its number, so a resumed run draws what the unbroken one would.
             random_seed(update_seed(args.seed, progress.num_updates, args.rank))
             step = optimizer_step(task, batches, forward, optimizer, autocast=autocast, scaler=scaler, clip=clip)
-            skipped.count(step.taken, progress.num_updates)
+            run.step_done(step.taken, progress.num_updates)
             progress.add(step.figures)
             if step.taken:
                 task.update_ema(step=progress.num_updates)

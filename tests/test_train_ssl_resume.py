@@ -232,3 +232,19 @@ def test_ranks_stop_at_the_same_update_whichever_gets_the_signal(rank, tmp_path)
     assert "run: stopped at update 2; continue with --resume auto" in done.stdout, done.stderr
     assert [file.name for file in find_checkpoints("auto", tmp_path / "run")] == ["recovery-0-2.pth.tar"]
     assert 'train_ssl.py", line' not in done.stderr
+
+
+DIVERGE = ["--opt", "sgd", "--sched", "cosine", "--epochs", 16, "--val-interval", 16]
+
+
+@pytest.mark.parametrize("recovery", [0, 1])
+def test_diverged_run_goes_on_from_its_last_good_state(recovery, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with refused(r"not finite in 21 steps in a row .*: \S+/run/last\.pth\.tar holds the last good state", capsys):
+        run(folder, *DIVERGE, "--lr", 1e20, "--recovery-interval", recovery)
+    state = torch.load(folder / "last.pth.tar", weights_only=False)
+    assert max(weight.abs().max() for weight in state["state_dict"].values() if weight.is_floating_point()) < 100
+    results = run(folder, *DIVERGE, "--lr", 1e-3, "--epochs", 1, "--val-interval", 1, "--resume", "auto")
+    assert results["updates"] == 3
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["skipped"] == 0 and record["lr"] < 1 for record in records if "lr" in record)

@@ -20,13 +20,15 @@ from semivim.runs.run_folder import (
     BEST,
     CHECKPOINT_SUFFIX,
     CONFIG,
+    GOOD,
+    LAST,
     RECOVERY,
     WEIGHTS,
     numbered_checkpoint,
     remove_checkpoint,
 )
 from semivim.utils.checksum import seal_checkpoint, seal_safetensors
-from semivim.utils.files import flush, load_untrusted, write_text
+from semivim.utils.files import atomic_path, flush, load_untrusted, write_text
 from semivim.utils.user_error import UserError, one_line
 
 RUN_LAYOUT = 2  # of checkpoints; 1 had the run's position among the task's losses
@@ -47,6 +49,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
         super().__init__(checkpoint_dir=str(folder), recovery_dir=str(folder), recovery_prefix=RECOVERY, **options)
         assert self.extension == CHECKPOINT_SUFFIX
         self.folder, self.export = folder, export
+        self.unproven: Path | None = None  # the newest checkpoint, while no step has been taken from it
 
     def save_epoch(self, epoch: int, metrics: dict[str, Any], metric_name: str) -> None:
         """Save the end of an epoch, and export the model if it is the best so far.
@@ -72,10 +75,14 @@ class AtomicCheckpointSaver(CheckpointSaver):
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """Save the end of an epoch; recovery files, now older than ``last``, go."""
         best = super().save_checkpoint(epoch, metric)
+        self._remove_recovery()
+        self.unproven = self.folder / LAST
+        return best
+
+    def _remove_recovery(self) -> None:
         for file in self.folder.glob(f"{RECOVERY}-[0-9]*-[0-9]*{CHECKPOINT_SUFFIX}"):
             remove_checkpoint(self.folder, file.name)
         self.curr_recovery_file = self.prev_recovery_file = ""
-        return best
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history of checkpoints.
@@ -105,6 +112,27 @@ class AtomicCheckpointSaver(CheckpointSaver):
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         super()._save(save_path, epoch, metric)
         seal_checkpoint(Path(save_path))
+
+    def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
+        """Save the state within an epoch."""
+        super().save_recovery(epoch, batch_idx)
+        self.unproven = Path(self.curr_recovery_file)
+
+    def keep_first(self, epoch: int) -> None:
+        """Save the state that a new run starts from as the good one, until a step is taken from a later one."""
+        with atomic_path(self.folder / GOOD) as temporary:
+            self._save(str(temporary), epoch)
+
+    def keep_good(self) -> None:
+        """Keep the newest checkpoint apart, as a step has been taken from its state: its gradients are finite."""
+        if self.unproven is not None:
+            self._duplicate(str(self.unproven), str(self.folder / GOOD))
+            self.unproven = None
+
+    def roll_back(self) -> None:
+        """Make the good state the newest one, in the place of those that only skipped steps followed."""
+        self._duplicate(str(self.folder / GOOD), str(self.folder / LAST))
+        self._remove_recovery()
 
     def _replace(self, src: str, dst: str) -> None:
         flush(Path(src))
@@ -168,7 +196,11 @@ def restore(
         if task.has_ema():
             task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
         if optimizer is not None:
+            rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(checkpoint["optimizer"])
+            if not checkpoint["task_state"]["progress"]["num_epochs"]:  # a schedule over epochs sets no other before
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
             load_schedule_state(scheduler, checkpoint["task_state"]["progress"]["schedule"])
             if scaler is not None and scaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[scaler.state_dict_key])

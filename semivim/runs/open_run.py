@@ -17,9 +17,12 @@ from timm.task import TrainingTask
 from timm.utils import NativeScaler
 
 from semivim.runs.checkpoint import RUN_LAYOUT, AtomicCheckpointSaver, load_training_checkpoint, restore
+from semivim.runs.optimizer_step import SkippedSteps
 from semivim.runs.progress import Progress
 from semivim.runs.run_folder import (
     ARGS,
+    GOOD,
+    LAST,
     check_unchanged,
     find_checkpoints,
     lock_folder,
@@ -75,16 +78,36 @@ class FoundRun:
 
 @dataclass(frozen=True)
 class Run:
-    """An open run: its folder, its log, and its checkpoint saver, which is None on ranks other than 0."""
+    """An open run: its folder, its log, its checkpoint saver (None on ranks other than 0), its skipped steps."""
 
     folder: Path
     log: RunLog
     saver: AtomicCheckpointSaver | None
+    skipped: SkippedSteps
 
     def save_recovery(self, progress: Progress) -> None:
         """Save the state in the middle of an epoch."""
         if self.saver:
             self.saver.save_recovery(progress.num_epochs, progress.num_updates)
+
+    def step_done(self, taken: bool, update: int) -> None:
+        """Keep the newest checkpoint as the good one where a step was taken from it; roll back a run that diverged.
+
+        Args:
+            taken: See ``StepResult``.
+            update: Updates before it.
+
+        Raises:
+            UserError: If too many steps in a row were skipped (see ``SkippedSteps``).
+        """
+        if taken and self.saver:
+            self.saver.keep_good()
+        try:
+            self.skipped.count(taken, update)
+        except UserError:
+            if self.saver:
+                self.saver.roll_back()
+            raise
 
     def stop(self, progress: Progress, signal_number: int) -> NoReturn:
         """Save the state for a resumed run and end this one; all ranks must call this after the same update.
@@ -181,7 +204,9 @@ def open_run(
         UserError: If the folder cannot be written, or another process uses it or has done so since.
     """
     if not primary:
-        yield Run(found.folder, RunLog(None, total_updates, progress.num_updates), None)
+        yield Run(
+            found.folder, RunLog(None, total_updates, progress.num_updates), None, SkippedSteps(found.folder / LAST)
+        )
         return
     with lock_folder(found.folder, found.resume, found.paths):
         write_text(found.folder / ARGS, yaml.safe_dump(dict(config), sort_keys=False))
@@ -189,6 +214,8 @@ def open_run(
         saver = AtomicCheckpointSaver(found.folder, export, args=args, **saved)
         if found.checkpoint and found.continues:
             saver.load_state_dict(found.checkpoint["saver"])
+        if not (found.continues and (found.folder / GOOD).exists()):
+            saver.keep_first(progress.num_epochs)
         if log_wandb:
             importlib.import_module("wandb").init(project=wandb_project, name=found.folder.name, config=dict(config))
         log = RunLog(
@@ -201,6 +228,6 @@ def open_run(
             log_wandb=log_wandb,
         )
         try:
-            yield Run(found.folder, log, saver)
+            yield Run(found.folder, log, saver, SkippedSteps(found.folder / LAST))
         finally:
             log.close()

@@ -80,7 +80,7 @@ class SkippedSteps:
     """Ends a run that meets nothing but gradients that are not finite.
 
     Args:
-        last: Checkpoint to resume from, for the error.
+        last: Checkpoint that the caller then makes hold the last good state, for the error.
         limit: Steps in a row that may be skipped.
     """
 
@@ -102,7 +102,8 @@ class SkippedSteps:
         if self.in_a_row > self.limit:
             raise UserError(
                 f"gradients were not finite in {self.in_a_row} steps in a row at update {update}: "
-                f"lower --lr, set --clip-grad, or turn --amp off; resume from {self.last}"
+                f"{self.last} holds the last good state: go on from it with --resume auto and a lower --lr, "
+                "with --clip-grad, or without --amp"
             )
 
 

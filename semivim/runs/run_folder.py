@@ -32,6 +32,7 @@ BEST = "best.json"  # epoch and metrics of the best model
 LOCK = ".lock"
 CHECKPOINT_SUFFIX = ".pth.tar"  # timm's saver adds it to the names below, checkpoint-EPOCH and recovery-EPOCH-UPDATE
 LAST = f"last{CHECKPOINT_SUFFIX}"
+GOOD = f"good{CHECKPOINT_SUFFIX}"  # the newest checkpoint from which a step was taken
 RECOVERY = "recovery"
 _REMOVABLE = re.compile(rf"(checkpoint-\d+|{RECOVERY}-\d+-\d+){re.escape(CHECKPOINT_SUFFIX)}", re.ASCII)
 
@@ -116,7 +117,7 @@ def _plain(value: Any) -> Any:
 
 def refuse_other_run(folder: Path) -> None:
     """Raise UserError where a folder holds checkpoints, which a run that does not continue them would overwrite."""
-    files = [file.name for file in folder.glob(f"*{CHECKPOINT_SUFFIX}") if "tmp" not in file.name]
+    files = [file.name for file in folder.glob(f"*{CHECKPOINT_SUFFIX}") if "tmp" not in file.name and file.name != GOOD]
     if files:
         resume = "auto" if find_checkpoints("auto", folder) else folder / max(files)
         raise UserError(f"{folder} holds a run already: add --resume {resume} to go on, or name another --experiment")

@@ -45,7 +45,7 @@ def test_names_of_timms_saver_are_those_that_this_one_uses():
         assert callable(getattr(saver, name))
     assert (saver.curr_recovery_file, saver.prev_recovery_file, saver.best_metric) == ("", "", None)
     assert (saver.extension, saver.recovery_prefix) == (CHECKPOINT_SUFFIX, RECOVERY)
-    assert set(vars(make_saver("x"))) - set(vars(saver)) == {"folder", "export"}
+    assert set(vars(make_saver("x"))) - set(vars(saver)) == {"folder", "export", "unproven"}
 
 
 def test_best_model_is_exported_before_its_checkpoint_and_kept_through_a_resume(tmp_path):
@@ -135,6 +135,34 @@ def test_history_of_a_foreign_checkpoint_removes_nothing(history, tmp_path):
         saver.save_checkpoint(epoch, float(epoch))
     assert outside.exists()
     assert len(list(folder.glob("checkpoint-*"))) == saver.max_history
+
+
+def test_good_checkpoint_is_the_newest_from_which_a_step_was_taken(tmp_path):
+    saver = make_saver(tmp_path)
+
+    def weight(name):
+        return load_training_checkpoint(tmp_path / f"{name}.pth.tar")["state_dict"]["weight"][0, 0].item()
+
+    def save(value, operation, *args):
+        with torch.no_grad():
+            saver.model.weight.fill_(value)
+        operation(*args)
+
+    save(1, saver.keep_first, 0)
+    saver.keep_good()
+    assert weight("good") == 1
+    save(2, saver.save_recovery, 0, 1)
+    saver.keep_good()
+    save(3, saver.save_recovery, 0, 2)
+    save(4, saver.save_checkpoint, 0)
+    assert weight("good") == 2
+    saver.keep_good()
+    save(5, saver.save_checkpoint, 1)
+    save(6, saver.save_recovery, 1, 5)
+    assert (weight("good"), weight("last")) == (4, 5)
+    saver.roll_back()
+    assert (weight("good"), weight("last")) == (4, 4)
+    assert not list(tmp_path.glob("recovery-*"))
 
 
 def test_last_and_best_exist_at_every_moment(tmp_path, monkeypatch):
