@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,12 @@ LAST = f"last{CHECKPOINT_SUFFIX}"
 GOOD = f"good{CHECKPOINT_SUFFIX}"  # the newest checkpoint from which a step was taken
 RECOVERY = "recovery"
 _REMOVABLE = re.compile(rf"(checkpoint-\d+|{RECOVERY}-\d+-\d+){re.escape(CHECKPOINT_SUFFIX)}", re.ASCII)
+# of ``atomic_path``, ``save_model``, ``AtomicCheckpointSaver`` and timm's saver
+_LEFT_BY_A_KILL = re.compile(
+    rf"\..+\.\d+\.tmp|\.model-\w{{8}}|(.+{re.escape(CHECKPOINT_SUFFIX)}\.link)"
+    rf"|({RECOVERY}_)?tmp{re.escape(CHECKPOINT_SUFFIX)}",
+    re.ASCII,
+)
 
 
 def numbered_checkpoint(folder: Path, name: object) -> Path:
@@ -87,6 +94,17 @@ def _numbered(folder: Path, kind: str) -> list[Path]:
     """Numbered checkpoints of one kind, newest first."""
     files = [file for file in folder.glob(f"{kind}-*{CHECKPOINT_SUFFIX}") if _REMOVABLE.fullmatch(file.name)]
     return sorted(files, key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)], reverse=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that killed runs left in a folder, which must be locked."""
+    for file in list(folder.iterdir()):
+        if not _LEFT_BY_A_KILL.fullmatch(file.name):
+            continue
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
 
 def check_unchanged(saved: Mapping[str, Any], given: Mapping[str, Any], fixed: Mapping[str, str]) -> None:
@@ -168,4 +186,5 @@ def lock_folder(folder: Path, resume: str, paths: Sequence[Path]) -> Iterator[No
             refuse_other_run(folder)
         elif find_checkpoints(resume, folder) != paths:
             raise UserError(f"{folder}: another process went on with this run meanwhile: start again")
+        sweep(folder)
         yield

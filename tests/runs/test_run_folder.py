@@ -105,6 +105,22 @@ def test_folder_belongs_to_one_process_until_it_ends(tmp_path):
         owner.stdout.close()
 
 
+def test_leftovers_of_killed_runs_are_swept_and_nothing_else(tmp_path):
+    kept = (".lock", "last.pth.tar", "recovery-0-7.pth.tar", "args.yaml", ".notes.tmp", ".model-zoo", "tmp", "a.link")
+    for name in (*kept, ".last.pth.tar.123.tmp", ".args.yaml.7.tmp", "last.pth.tar.link", "good.pth.tar.link",
+                 "tmp.pth.tar", "recovery_tmp.pth.tar"):  # fmt: skip
+        (tmp_path / name).touch()
+    (tmp_path / ".model-ab_d3fgh").mkdir()
+    (tmp_path / ".model-ab_d3fgh" / "model.safetensors").touch()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    (tmp_path / ".model-linked__").symlink_to(outside)
+    with lock_folder(tmp_path, "auto", find_checkpoints("auto", tmp_path)):
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*kept, "outside"])
+    assert (outside / "file").exists()
+
+
 def test_folder_that_cannot_be_written_is_one_line():
     with (
         pytest.raises(UserError, match=r"--output: cannot write to /proc/x/run: No such file"),
