@@ -37,6 +37,7 @@ def test_logits_and_gradients_are_the_cpus(pair):
     compare(cpu, gradients(gpu, x.cuda()), gradients(cpu, x))
 
 
+@pytest.mark.filterwarnings("ignore")  # Inductor's, about matrix products in float32
 def test_compiled_in_one_graph(pair):
     _, gpu = pair
     x = torch.randn(2, 3, 224, 224, device="cuda")
