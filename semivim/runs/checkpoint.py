@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from semivim.runs.run_folder import (
     remove_checkpoint,
 )
 from semivim.utils.checksum import seal_checkpoint, seal_safetensors
-from semivim.utils.files import atomic_path, flush, load_untrusted, write_text
+from semivim.utils.files import atomic_path, flush, full_disk_is_one_line, load_untrusted, write_text
 from semivim.utils.user_error import UserError, one_line
 
 RUN_LAYOUT = 2  # of checkpoints; 1 had the run's position among the task's losses
@@ -110,8 +110,10 @@ class AtomicCheckpointSaver(CheckpointSaver):
         self.checkpoint_files = self.checkpoint_files[:kept]
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
-        super()._save(save_path, epoch, metric)
-        seal_checkpoint(Path(save_path))
+        size = _tensor_bytes(self.optimizer.state_dict()) + _tensor_bytes((self.task or self.model).state_dict())
+        with full_disk_is_one_line(Path(save_path), size):
+            super()._save(save_path, epoch, metric)
+            seal_checkpoint(Path(save_path))
 
     def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
         """Save the state within an epoch."""
@@ -147,6 +149,14 @@ class AtomicCheckpointSaver(CheckpointSaver):
         except OSError:  # a file system without hard links
             shutil.copy2(src, link)
         os.replace(link, dst)
+
+
+def _tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_tensor_bytes, parts))
 
 
 def load_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -253,8 +263,9 @@ def save_model(
     """
     config = {"label_names": list(label_names)} if label_names and len(label_names) == model.num_classes else None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
-        save_for_hf(model, temporary, model_config=config, safe_serialization=True, data_config=data_config)
-        seal_safetensors(Path(temporary) / WEIGHTS)
+        with full_disk_is_one_line(Path(temporary) / WEIGHTS, _tensor_bytes(model.state_dict())):
+            save_for_hf(model, temporary, model_config=config, safe_serialization=True, data_config=data_config)
+            seal_safetensors(Path(temporary) / WEIGHTS)
         shutil.copymode(Path(temporary) / CONFIG, Path(temporary) / WEIGHTS)  # readable by others
         for name in (WEIGHTS, CONFIG):
             flush(Path(temporary) / name)

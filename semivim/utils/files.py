@@ -1,6 +1,8 @@
 """Files written whole or not at all, and files read without trusting them."""
 
+import errno
 import os
+import shutil
 import struct
 import warnings
 from argparse import Namespace
@@ -32,6 +34,30 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         flush(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_is_one_line(path: Path, num_bytes: int) -> Iterator[None]:
+    """Turn the many errors by which libraries report a full disk into one line.
+
+    Args:
+        path: A temporary file that the block writes; it is removed.
+        num_bytes: What it needs at least.
+
+    Raises:
+        UserError: If the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the latter two
+        free = shutil.disk_usage(path.parent).free
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and free >= num_bytes:
+            raise
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: the disk is full: {num_bytes} bytes are needed, {free} are free; "
+            "the files from before are whole: make room and continue with --resume auto"
+        ) from error
 
 
 def flush(path: Path) -> None:

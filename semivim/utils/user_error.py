@@ -1,5 +1,6 @@
 """Mistakes that a user can mend: one line and exit status 2, where any other exception keeps its traceback."""
 
+import errno
 import re
 import sys
 import traceback
@@ -17,7 +18,7 @@ class UserError(ValueError):
 
 @contextmanager
 def user_errors_end_the_program(prog: str, debug: bool = False) -> Iterator[None]:
-    """End the process with one line and exit status 2 where the block raises a :class:`UserError`.
+    """End the process with one line and exit status 2 where the block raises a :class:`UserError` or fills the disk.
 
     Args:
         prog: Name of the program, which the line starts with.
@@ -25,6 +26,10 @@ def user_errors_end_the_program(prog: str, debug: bool = False) -> Iterator[None
     """
     try:
         yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(prog, UserError(f"{error.filename or 'the output'}: the disk is full"))
     except UserError as error:
         if debug:
             traceback.print_exc()

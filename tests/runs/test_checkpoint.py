@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -163,6 +164,28 @@ def test_good_checkpoint_is_the_newest_from_which_a_step_was_taken(tmp_path):
     saver.roll_back()
     assert (weight("good"), weight("last")) == (4, 4)
     assert not list(tmp_path.glob("recovery-*"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("PytorchStreamWriter failed")], ids=["os", "torch"]
+)
+def test_full_disk_is_one_line_and_leaves_whole_files(error, tmp_path, monkeypatch):
+    saver = make_saver(tmp_path)
+    saver.save_checkpoint(0, 1.0)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(state, path):
+        Path(path).write_bytes(b"part")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3))
+    with pytest.raises(UserError, match=r"^\S+tmp\.pth\.tar: the disk is full: 32 bytes are needed, 3 are free; ") as e:
+        saver.save_checkpoint(1, 2.0)
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match=r"recovery_tmp\.pth\.tar: the disk is full"):
+        saver.save_recovery(1, 5)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_last_and_best_exist_at_every_moment(tmp_path, monkeypatch):

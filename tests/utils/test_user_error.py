@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 
 from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program, user_line
@@ -43,3 +45,12 @@ def test_one_line_of_an_exception():
     assert one_line(ValueError("two\n  lines")) == "two lines"
     assert one_line(KeyError("state_dict")) == "KeyError 'state_dict'"
     assert len(one_line(ValueError("a " * 500))) == 300
+
+
+def test_full_disk_is_one_line_and_other_errors_of_files_stay(capsys):
+    with pytest.raises(SystemExit) as stop, user_errors_end_the_program("prog"):
+        raise OSError(errno.ENOSPC, "No space left on device", "run/summary.csv")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "prog: error: run/summary.csv: the disk is full\n"
+    with pytest.raises(PermissionError), user_errors_end_the_program("prog"):
+        raise PermissionError(errno.EACCES, "Permission denied", "a")
