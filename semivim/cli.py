@@ -10,6 +10,7 @@ from semivim.flags.data_flags import add_pixel_flags, pixel_rules
 from semivim.flags.parser import COUNT, Parser
 from semivim.hub.hub import publish
 from semivim.inference import find_images, load_model, predict
+from semivim.utils.terminal import escape, escape_lines
 from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _print(line: str) -> None:
     try:
-        sys.stdout.write(f"{line}\n")
+        sys.stdout.write(f"{escape_lines(line)}\n")
         sys.stdout.flush()
     except OSError as error:  # a full disk, or a reader that has had enough
         raise UserError(f"cannot write to the standard output: {error.strerror}") from error
@@ -106,12 +107,12 @@ def _predict(args: Namespace) -> Iterator[str]:
         try:
             labels = predict(model, path, args.topk, rules)
         except UnreadableImageError as error:
-            sys.stderr.write(f"semivim: error: {one_line(error)}\n")
+            sys.stderr.write(f"semivim: error: {escape(one_line(error))}\n")
             status = 2
             continue
         if len(paths) > 1:
-            yield f"{path}:"
+            yield f"{escape(path)}:"
         for label, share in labels:
-            yield f"{100 * share:6.2f} %  {label}"
+            yield f"{100 * share:6.2f} %  {escape(label)}"
     if status:
         raise SystemExit(status)

@@ -21,6 +21,7 @@ from semivim.data.prefetch import prefetch
 from semivim.data.sources import ImageSource, UnreadableImageError
 from semivim.data.views import Pixels, View
 from semivim.utils.stop_signal import leave_signals_to_the_parent
+from semivim.utils.terminal import escape
 
 _logger = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ class StreamLoader:
         for batches, skipped in prefetch(loader, self._move, self.device):
             for position in skipped:
                 if position not in self.unreadable:
-                    _logger.warning("skipped unreadable %s", self.source.describe(position))
+                    _logger.warning("skipped unreadable %s", escape(self.source.describe(position)))
                 self.unreadable[position] = self.unreadable.get(position, 0) + 1
             yield batches
 

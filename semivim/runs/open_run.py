@@ -32,6 +32,7 @@ from semivim.runs.run_folder import (
 )
 from semivim.runs.run_log import RunLog
 from semivim.utils.files import write_text
+from semivim.utils.terminal import escape
 from semivim.utils.user_error import UserError
 
 _logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def _load_newest(paths: Sequence[Path]) -> tuple[Path | None, dict[str, Any] | N
             errors.append(error)
             continue
         for damaged in errors:
-            _logger.warning(f"{damaged}; falling back to {path}")
+            _logger.warning(escape(f"{damaged}; falling back to {path}"))
         return path, checkpoint
     if errors:
         raise errors[0]

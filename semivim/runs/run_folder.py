@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from semivim.utils.terminal import escape
 from semivim.utils.user_error import UserError
 
 try:
@@ -181,7 +182,7 @@ def lock_folder(folder: Path, resume: str, paths: Sequence[Path]) -> Iterator[No
         except (BlockingIOError, PermissionError):
             raise UserError(f"{folder} is in use by another process: name another --experiment") from None
         except OSError as error:
-            _logger.warning(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+            _logger.warning(escape(f"{folder} cannot be locked ({error.strerror}): start no second run in it"))
         if not paths or paths[0].parent.resolve() != folder.resolve():
             refuse_other_run(folder)
         elif find_checkpoints(resume, folder) != paths:

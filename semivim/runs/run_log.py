@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from semivim.runs.run_folder import RECORDS, SUMMARY
 from semivim.utils.files import atomic_path
+from semivim.utils.terminal import escape_lines
 
 
 class RunLog:
@@ -98,7 +99,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
         if self.path:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(escape_lines(text), file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from semivim.utils.terminal import escape
+
 
 class UserError(ValueError):
     """A flag, a file or a folder is not what it must be; the message names it, what it is and what is wanted.
@@ -38,7 +40,7 @@ def user_errors_end_the_program(prog: str, debug: bool = False) -> Iterator[None
 
 def fail(prog: str, error: UserError) -> NoReturn:
     """Print the line of a user's mistake and exit with status 2."""
-    sys.stderr.write(f"{prog}: error: {user_line(error)}\n")
+    sys.stderr.write(f"{prog}: error: {escape(user_line(error))}\n")
     sys.exit(2)
 
 
