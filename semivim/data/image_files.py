@@ -67,9 +67,14 @@ def find_image_files(root: str, extensions: Collection[str] | None = None) -> Im
         for file in files:
             is_image = not is_hidden(file) and os.path.splitext(file)[1].lower() in wanted
             (names if is_image else left_out).append(os.path.relpath(os.path.join(folder, file), root))
-    if left_out:
-        _logger.warning("%s: left out %s", root, _counted(left_out))
+    log_left_out(root, left_out)
     return ImageFiles(sorted(names, key=file_order), repeated)
+
+
+def log_left_out(root: str, names: list[str]) -> None:
+    """Log in one line what is left out of a folder or archive, if anything."""
+    if names:
+        _logger.warning("%s: left out %s", root, _counted(names))
 
 
 def classes_of_files(names: Iterable[str]) -> list[str]:
@@ -82,8 +87,8 @@ def _counted(left_out: list[str]) -> str:
     examples: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for name in sorted(left_out, key=file_order):
-        base = os.path.basename(name)
-        kind = "hidden" if is_hidden(base) else os.path.splitext(base)[1].lower() or "without extension"
+        is_kept_out = any(is_hidden(part) for part in name.split(os.sep))
+        kind = "hidden" if is_kept_out else os.path.splitext(name)[1].lower() or "without extension"
         counts[kind] += 1
         examples.setdefault(kind, name)
     kinds = [f"{n:,} {kind} (such as {examples[kind]!r})" for kind, n in counts.most_common(5)]

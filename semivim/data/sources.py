@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
 from semivim.data.image_files import classes_of_files, file_order, find_image_files, is_hidden
 from semivim.data.label_split import UNKNOWN
-from semivim.data.wds_shards import index_shards
+from semivim.data.tar_files import index_tar
+from semivim.data.wds_shards import ShardReader, index_shards
 from semivim.utils.pixels import DEFAULT_RULES, PixelRules, to_8_bit, uses_little_of_its_range
 from semivim.utils.user_error import UserError
 
@@ -345,6 +345,8 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         return ImageSource(read, labels, names=names, root=data_dir)
     if (not kind or dataset.lower() in ("torch/folder", "torch/image_folder")) and os.path.isdir(data_dir or ""):
         return _open_folder(_split_folder(data_dir or "", split), **options)
+    if not kind and "input_key" not in options:
+        return _open_tar(data_dir or "", **options)
     try:
         opened = create_dataset(dataset, root=data_dir, split=split, search_split=False, **options)
         reader: Any = opened.reader if isinstance(opened, ImageDataset) else None
@@ -354,10 +356,6 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         raise UserError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {reason}") from error
     if reader is None:
         return _from_torchvision(dataset, opened, split)
-    if isinstance(reader, ReaderImageInTar):
-        labels, class_names = _classes(reader.targets, reader.class_name_to_idx)
-        names = [os.path.normpath(name) for name in reader.filenames()]
-        return ImageSource(_TimmReader(reader), labels, class_names, names, reader.root)
     if targets and reader.dataset[0][reader.image_key] is None:  # datasets makes an empty column of an unknown name
         columns = ", ".join(reader.dataset.column_names)
         raise UserError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (input_key) of {columns}")
@@ -376,6 +374,21 @@ def _open_folder(root: str, class_map: str = "", input_key: str | None = None) -
     names, repeated = find_image_files(root, input_key.lower().split(";") if input_key else None)
     if repeated:
         raise UserError(f"links below {root!r} lead to one folder of images by several ways, which would count twice")
+    names, labels, class_names = _label(root, names, class_map)
+    if not class_map:
+        _refuse_empty_folders(root, {name for name in classes_of_files(names) if name})
+    return ImageSource(_FileReader(root, names), labels, class_names, names, root)
+
+
+def _open_tar(path: str, class_map: str = "") -> ImageSource:
+    """Open a tar file of class folders."""
+    places = index_tar(path)
+    names, labels, class_names = _label(path, sorted(places, key=file_order), class_map)
+    return ImageSource(ShardReader([places[name] for name in names]), labels, class_names, names, path)
+
+
+def _label(root: str, names: list[str], class_map: str) -> tuple[list[str], list[int], list[str] | None]:
+    """Names of the images that have a class, their labels and the classes."""
     folders = classes_of_files(names)
     if class_map:
         try:
@@ -386,13 +399,12 @@ def _open_folder(root: str, class_map: str = "", input_key: str | None = None) -
         folders = [folder for folder in folders if folder in class_to_idx]
     else:
         class_to_idx = {name: i for i, name in enumerate(sorted(set(folders), key=file_order))}
-        _check_folders(root, set(folders) - {""})
+        _refuse_equal_classes(set(folders) - {""})
     deep = [name for name in names if name.count(os.sep) > 1]
     if deep:
         where, folder = os.path.dirname(deep[0]), deep[0].split(os.sep, 1)[0]
         _logger.warning("%s: %d images lie deeper: those in %r are of class %r", root, len(deep), where, folder)
-    labels, class_names = _classes([class_to_idx[folder] for folder in folders], class_to_idx)
-    return ImageSource(_FileReader(root, names), labels, class_names, names, root)
+    return (names, *_classes([class_to_idx[folder] for folder in folders], class_to_idx))
 
 
 def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tuple[list[int], list[str] | None]:
@@ -414,11 +426,15 @@ def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tup
     return labels, names if names and [indices[name] for name in names] == list(range(len(names))) else None
 
 
-def _check_folders(root: str, classes: set[str]) -> None:
-    """Refuse class folders whose labels would depend on the file system, or that hold no image and shift labels."""
+def _refuse_equal_classes(classes: set[str]) -> None:
+    """Refuse class names that tie in timm's order, so that their labels would depend on the file system."""
     for first, second in pairwise(sorted(classes, key=file_order)):
         if natural_key(first) == natural_key(second):
             raise UserError(f"classes {first!r} and {second!r} differ in case or zeros only, and would swap labels")
+
+
+def _refuse_empty_folders(root: str, classes: set[str]) -> None:
+    """Refuse class folders without an image, which would shift the labels of the others."""
     with os.scandir(root) as entries:
         subfolders = {entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)}
     empty = sorted(subfolders - classes)
