@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from semivim.convert import convert
 from semivim.data import UnreadableImageError
-from semivim.flags.data_flags import add_pixel_flags, pixel_rules
+from semivim.flags.data_flags import pixel_flags, pixel_rules
 from semivim.flags.parser import COUNT, Parser
 from semivim.hub.hub import publish
 from semivim.inference import find_images, load_model, predict
@@ -94,7 +94,7 @@ def _add_predict(parser: Parser) -> None:
     weights.add_argument("--checkpoint", metavar="FILE", help="weights for a timm name, or a training checkpoint")
     parser.add_argument("--num-classes", type=COUNT, help="number of classes of --checkpoint")
     parser.add_argument("--topk", type=COUNT, default=5, help="labels to print")
-    add_pixel_flags(parser)
+    pixel_flags(parser)
     parser.set_defaults(run=_predict)
 
 

@@ -41,7 +41,7 @@ def add_dataset_flags(parser: Parser) -> None:
     group.add_argument("--input-key", default=None, metavar="KEY", help="dataset key for images")
     group.add_argument("--target-key", default=None, metavar="KEY", help="dataset key for labels")
     group.add_argument("--dataset-trust-remote-code", action="store_true", help="let hfds/ datasets run their code")
-    add_pixel_flags(group)
+    pixel_flags(group)
 
 
 def colour(text: str) -> str:
@@ -53,7 +53,7 @@ def colour(text: str) -> str:
     return text
 
 
-def add_pixel_flags(group: argparse._ActionsContainer) -> None:
+def pixel_flags(group: argparse._ActionsContainer) -> None:
     """Add the flags of ``PixelRules``."""
     group.add_argument(
         "--alpha-background", type=colour, default="white", metavar="COLOUR", help="colour behind transparent pixels"
