@@ -24,6 +24,7 @@ from semivim.runs.run_folder import (
     LAST,
     RECOVERY,
     WEIGHTS,
+    checkpoints_of_kind,
     numbered_checkpoint,
     remove_checkpoint,
 )
@@ -80,7 +81,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
         return best
 
     def _remove_recovery(self) -> None:
-        for file in self.folder.glob(f"{RECOVERY}-[0-9]*-[0-9]*{CHECKPOINT_SUFFIX}"):
+        for file in reversed(checkpoints_of_kind(self.folder, RECOVERY)):  # a kill in between leaves the newest
             remove_checkpoint(self.folder, file.name)
         self.curr_recovery_file = self.prev_recovery_file = ""
 

@@ -88,11 +88,15 @@ def find_checkpoints(resume: str, folder: Path) -> list[Path]:
     if resume != "auto":
         return [Path(resume)] if resume else []
     last = folder / LAST
-    return [*_numbered(folder, RECOVERY), *([last] if last.is_file() else []), *_numbered(folder, "checkpoint")]
+    return [
+        *checkpoints_of_kind(folder, RECOVERY),
+        *([last] if last.is_file() else []),
+        *checkpoints_of_kind(folder, "checkpoint"),
+    ]
 
 
-def _numbered(folder: Path, kind: str) -> list[Path]:
-    """Numbered checkpoints of one kind, newest first."""
+def checkpoints_of_kind(folder: Path, kind: str) -> list[Path]:
+    """Numbered checkpoints of a kind, ``checkpoint`` or ``recovery``, newest first."""
     files = [file for file in folder.glob(f"{kind}-*{CHECKPOINT_SUFFIX}") if _REMOVABLE.fullmatch(file.name)]
     return sorted(files, key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)], reverse=True)
 

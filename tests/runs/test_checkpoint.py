@@ -188,6 +188,16 @@ def test_full_disk_is_one_line_and_leaves_whole_files(error, tmp_path, monkeypat
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_recovery_files_go_from_the_oldest_on(tmp_path, monkeypatch):
+    """A kill in between must not leave an older one as the newest."""
+    saver, removed = make_saver(tmp_path), []
+    for update in (9, 11, 10, 2):
+        (tmp_path / f"recovery-0-{update}.pth.tar").touch()
+    monkeypatch.setattr(checkpoint, "remove_checkpoint", lambda folder, name: removed.append(name))
+    saver.save_checkpoint(0, 1.0)
+    assert removed == [f"recovery-0-{update}.pth.tar" for update in (2, 9, 10, 11)]
+
+
 def test_last_and_best_exist_at_every_moment(tmp_path, monkeypatch):
     """Every file operation of a save is followed by a look at what a kill at that moment would leave."""
     saver = make_saver(tmp_path)
