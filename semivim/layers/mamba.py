@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semivim.layers.linear import Linear
-from semivim.layers.plain_module import is_plain
+from semivim.layers.plain_module import is_plain, is_plain_causal_conv
 from semivim.layers.ssmixup_readout import SSMIXUP_C, add_crossed_readout, own_readout_weights
 from semivim.ops import mixer
 from semivim.ops.causal_conv import causal_conv
@@ -145,12 +145,14 @@ class BidirectionalMamba(nn.Module):
         for end, A_log in (("", "A_log"), ("_b", "A_b_log")):
             conv, x_proj, dt_proj = layers["conv1d" + end], layers["x_proj" + end], layers["dt_proj" + end]
             assert conv is not None and x_proj is not None and dt_proj is not None
-            if not (is_plain(conv, nn.Conv1d) and is_plain(x_proj, Linear) and is_plain(dt_proj, nn.Linear)):
+            if not (is_plain_causal_conv(conv) and is_plain(x_proj, Linear) and is_plain(dt_proj, nn.Linear)):
                 return None
             tensors = (
                 *(conv._parameters["weight"], conv._parameters["bias"], x_proj._parameters["weight"]),
-                *(dt_proj._parameters["weight"], dt_proj._parameters["bias"], own[A_log], own["D" + end]),
+                *(dt_proj._parameters["weight"], dt_proj._parameters["bias"], own.get(A_log), own.get("D" + end)),
             )
+            if any(x is None for x in tensors):  # a layer without bias, or a parametrised or pruned parameter
+                return None
             directions.append(DirectionWeights(*tensors))  # type: ignore[arg-type]
         return directions[0], directions[1]
 
@@ -162,7 +164,7 @@ class BidirectionalMamba(nn.Module):
             u_b = F.silu(self.conv1d_b(x.flip(1).transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2).flip(1)
             return u, u_b
         f, g = self.conv1d, self.conv1d_b
-        if is_plain(f, nn.Conv1d) and is_plain(g, nn.Conv1d):
+        if is_plain_causal_conv(f) and is_plain_causal_conv(g):
             assert f.bias is not None and g.bias is not None
             outputs = causal_conv(x, [(f.weight, f.bias), (g.weight, g.bias)], [False, True])
             return outputs[0], outputs[1]
@@ -187,7 +189,7 @@ class BidirectionalMamba(nn.Module):
             bias = torch.zeros_like(D)
         else:
             dt_proj = self.dt_proj_b if reverse else self.dt_proj
-            if is_plain(dt_proj, nn.Linear):
+            if is_plain(dt_proj, nn.Linear) and dt_proj.bias is not None:
                 # The scan adds the bias itself, in float32.
                 delta, bias = F.linear(dbc[..., :r], dt_proj.weight), dt_proj.bias
             else:

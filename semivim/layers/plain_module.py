@@ -12,6 +12,20 @@ def _is_dense(weight: Tensor | None) -> bool:
     return isinstance(weight, Tensor) and not is_traceable_wrapper_subclass(weight)
 
 
+def is_plain_causal_conv(module: nn.Module) -> bool:
+    """Return whether a module is a plain depthwise convolution with a bias, padded by its taps less one."""
+    if not is_plain(module, nn.Conv1d):
+        return False
+    assert isinstance(module, nn.Conv1d)
+    return (
+        module.bias is not None
+        and module.padding == (module.kernel_size[0] - 1,)
+        and module.stride == module.dilation == (1,)
+        and module.groups == module.in_channels == module.out_channels
+        and module.padding_mode == "zeros"
+    )
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether calling a module does nothing but its class's forward.
 
@@ -28,5 +42,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         )
         and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+        and not (nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
+        and "forward" not in module.__dict__
         and _is_dense(module._parameters.get("weight"))
     )

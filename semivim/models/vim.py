@@ -85,7 +85,7 @@ class Vim(nn.Module):
         ValueError: If an argument contradicts another, or ``psi`` is given to a plain Vim.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,

@@ -106,6 +106,12 @@ def conv_flops(x_shape, weight_shapes, reverse, *_, **__) -> int:  # type: ignor
     return 2 * len(reverse) * b * l * d * weight_shapes[0][-1]
 
 
+@register_flop_formula(torch.ops.semivim.causal_conv_backward)
+def conv_backward_flops(grad_shapes, x_shape, weight_shapes, reverse, *_, **__) -> int:  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Count twice the forward's operations, as torch does for products."""
+    return 2 * conv_flops(x_shape, weight_shapes, reverse)
+
+
 def causal_conv(
     x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool], backend: str | None = None
 ) -> list[Tensor]:

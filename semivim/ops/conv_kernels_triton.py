@@ -52,7 +52,7 @@ def _convolve(taps, bias, window, k: tl.constexpr, BACK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
-def conv_forward(
+def conv_forward(  # noqa: PLR0913
     u, u_b, x, weight, weight_b, bias, bias_b, x_image, x_token, l, segment,
     d: tl.constexpr, TAPS: tl.constexpr, AHEAD: tl.constexpr, BACK: tl.constexpr,
     BLOCK_D: tl.constexpr, T: tl.constexpr,
@@ -106,7 +106,7 @@ def _add_products(sums, own, window, k: tl.constexpr, BACK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
-def conv_backward(  # noqa: C901  one kernel, one walk: a part of it cannot be launched alone
+def conv_backward(  # noqa: C901, PLR0913
     dx, dweights, grad, grad_b, x, weight, weight_b, bias, bias_b, x_image, x_token, l, segment,
     d: tl.constexpr, TAPS: tl.constexpr, AHEAD: tl.constexpr, BACK: tl.constexpr,
     BLOCK_D: tl.constexpr, T: tl.constexpr,

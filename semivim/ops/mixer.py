@@ -100,7 +100,7 @@ class _Mixer(torch.autograd.Function):
         if torch.is_grad_enabled():  # by create_graph: the gradients are to be differentiated themselves
 
             def by_ops(xz: Tensor, *tensors: Tensor) -> Tensor:
-                return _by_ops(xz, mix, ctx.scale, _split(tensors))
+                return _by_ops(xz, mix, ctx.scale, _split(tensors), dbc.dtype)
 
             dxz, *gradients = differentiable_gradients(by_ops, [xz, *tensors], grad)
             return dxz, None, None, *gradients
@@ -121,11 +121,16 @@ class _Mixer(torch.autograd.Function):
         return torch.cat([dx, dz], -1), None, None, *flat
 
 
-def _by_ops(xz: Tensor, mix: Tensor | None, scale: float, weights: list[DirectionWeights]) -> Tensor:
-    """The same output by the registered ops, which can be differentiated twice."""
+def _by_ops(
+    xz: Tensor, mix: Tensor | None, scale: float, weights: list[DirectionWeights], dtype: torch.dtype
+) -> Tensor:
+    """The same output by the registered ops, which can be differentiated twice; `dtype` is that of the projections."""
     x, z = xz.chunk(2, -1)
     us = causal_conv(x, [(w.conv_weight, w.conv_bias) for w in weights], REVERSE)
-    directions = [_direction(u, linear(u, w.x_proj), w, back) for u, w, back in zip(us, weights, REVERSE, strict=True)]
+    directions = [
+        _direction(u, linear(cast(u, dtype), cast(w.x_proj, dtype)), w, back)
+        for u, w, back in zip(us, weights, REVERSE, strict=True)
+    ]
     return scan(directions, z, mix, scale)
 
 
@@ -140,6 +145,24 @@ def _projections_backward(
     dx_proj = ddbc.t() @ cast(f.u.flatten(0, 1), dtype)
     du = of.u + linear(ddbc, cast(w.x_proj, dtype).t()).view_as(of.u)
     return du, cast(dx_proj, w.x_proj.dtype), cast(ddt_proj, w.dt_proj.dtype)
+
+
+def _check(xz: Tensor, mix: Tensor | None, *weights: DirectionWeights) -> None:
+    """Name what does not fit: the backends read raw memory."""
+    b, inner = xz.shape[0], xz.shape[-1] // 2
+    for w in weights:
+        rank, n, taps = w.dt_proj.shape[1], w.A_log.shape[1], w.conv_weight.shape[2]
+        shapes = ((inner, 1, taps), (inner,), (rank + 2 * n, inner), (inner, rank), (inner,), (inner, n), (inner,))
+        for name, x, shape in zip(DirectionWeights._fields, w, shapes, strict=True):
+            if x.shape != shape:
+                raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
+            if x.device != xz.device:
+                raise ValueError(f"{name} must be on {xz.device} as xz is, got {x.device}")
+    if mix is not None and (mix.shape != (b, len(weights)) or mix.device != xz.device):
+        raise ValueError(
+            f"mix must be (b, K) = {(b, len(weights))} on {xz.device}, got {tuple(mix.shape)} on {mix.device}: "
+            "psi and nu must be (b,)"
+        )
 
 
 def mix_tokens(
@@ -157,8 +180,14 @@ def mix_tokens(
     Returns:
         ``(b, l, e)``, in the dtype of ``xz``.
 
+    Raises:
+        ValueError: If a shape or device does not fit.
+
     Source: Zhu et al. 2024 (arXiv:2401.09417), Algorithm 1; Semi-ViM Eq. (14)-(16).
     """
+    _check(xz, mix, forward, backward)
+    if xz.numel() == 0:
+        return _by_ops(xz, mix, scale, [forward, backward], _product_dtype(xz))
     if torch.is_grad_enabled():
         return _Mixer.apply(xz, mix, scale, *forward, *backward)
     return _forward(xz, mix, scale, [forward, backward])[0]

@@ -172,6 +172,12 @@ def scan_flops(operand_shapes, reverse, *_, **__) -> int:  # type: ignore[no-unt
     return 9 * len(reverse) * b * l * d * n
 
 
+@register_flop_formula(torch.ops.semivim.scan_backward)
+def scan_backward_flops(grad_shape, operand_shapes, reverse, *_, **__) -> int:  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Count twice the forward's operations, as torch does for products."""
+    return 2 * scan_flops(operand_shapes, reverse)
+
+
 def scan(
     directions: list[Direction],
     z: Tensor | None = None,

@@ -89,7 +89,7 @@ def _recompute_states(a_at, a_state, decays, states, bc, row, dt, entering, y, c
 
 
 @compiled
-def _adjoint_states(a_at, a_state, g, dA, decays, states, bc, row, dt, entering, dy, ddt, dinput, dbc, count):
+def _adjoint_states(a_at, a_state, g, dA, decays, states, bc, row, dt, entering, dy, ddt, dinput, dbc, count):  # noqa: PLR0913
     """Adjoint of four states over a chunk, from its last token; adds to dA, ddt, dinput = sum of g B, dbc."""
     a0, a1, a2, a3 = load(a_at), load(a_at + a_state), load(a_at + 2 * a_state), load(a_at + 3 * a_state)
     g0, g1, g2, g3 = load(g), load(g + WIDTH), load(g + 2 * WIDTH), load(g + 3 * WIDTH)

@@ -126,7 +126,7 @@ def _columns(tiles):
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=OPERANDS)
-def scan_backward(  # noqa: C901, PLR0915  one kernel, one walk: a part of it cannot be launched alone
+def scan_backward(  # noqa: C901, PLR0913, PLR0915
     du, du_b, ddelta, ddelta_b, dz, drows, dweights, notes, grad, saved, entry, rows,
     u, u_b, delta, delta_b, A, A_b, D, D_b, bias, bias_b, z, mix,
     u_image, u_token, delta_image, delta_token, z_image, z_token, saved_image, l, l_pad, segment, reverse, scale,
@@ -376,7 +376,7 @@ def _sum_rows(
 
 
 @triton.jit
-def _sum_weights(
+def _sum_weights(  # noqa: PLR0913
     dA, dA_b, dD, dD_b, dbias, dbias_b, dweights, program, shares, d,
     n: tl.constexpr, PAIR: tl.constexpr, COLUMNS: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
@@ -399,7 +399,7 @@ def _sum_weights(
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def sum_partials(
+def sum_partials(  # noqa: PLR0913
     dbc, dbc_b, dA, dA_b, dD, dD_b, dbias, dbias_b, drows, dweights, images, blocks, parts, l, l_pad, d,
     n: tl.constexpr, STATES: tl.constexpr, PAIR: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr, SHARES: tl.constexpr,

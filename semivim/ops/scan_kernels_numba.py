@@ -267,7 +267,7 @@ def _prepare_forward(kind, call, operands, place):
 
 
 @compiled
-def write_sums(kind, first, last, gated, mixed, scale, lanes, total, ungated, total_at, mixed_at, z, out):
+def write_sums(kind, first, last, gated, mixed, scale, lanes, total, ungated, total_at, mixed_at, z, out):  # noqa: PLR0913
     """Add a direction's gated and ungated sums to those before it; write the output with the last one's."""
     if not first:
         total = total + load_lanes(FLOAT32, total_at, lanes)

@@ -108,7 +108,7 @@ def _load_inputs(u, delta, first, step, here, l, u_token, delta_token, T: tl.con
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=OPERANDS)
-def scan_forward(  # noqa: C901, PLR0915  one kernel, one walk: a part of it cannot be launched alone
+def scan_forward(  # noqa: C901, PLR0913, PLR0915
     out, saved, shares, entry, rows, u, u_b, delta, delta_b, A, A_b, D, D_b, bias, bias_b, z, mix,
     u_image, u_token, delta_image, delta_token, z_image, z_token, saved_image, l, l_pad, segment, reverse, scale,
     d: tl.constexpr, n: tl.constexpr, STATES: tl.constexpr, PAIR: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -230,7 +230,7 @@ def scan_forward(  # noqa: C901, PLR0915  one kernel, one walk: a part of it can
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=(*OPERANDS, "x", "x_b"))
-def segment_effect(  # noqa: C901, PLR0915  the same
+def segment_effect(  # noqa: C901, PLR0913, PLR0915
     effect, total, rows, x, x_b, delta, delta_b, A, A_b, bias, bias_b, z, mix,
     x_image, x_token, delta_image, delta_token, z_image, z_token, l, l_pad, segment, reverse, scale,
     d: tl.constexpr, n: tl.constexpr, STATES: tl.constexpr, PAIR: tl.constexpr, SOFTPLUS: tl.constexpr,

@@ -16,7 +16,7 @@ from semivim.utils.user_error import UserError
 _MARK = b"sha256:"
 _SEAL_BYTES = len(_MARK) + 64
 _ZIP_START, _ZIP_END, _ZIP_END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
-_METADATA_KEY = "sha256"
+_METADATA_KEY = "semivim.sha256"  # not a key that others use for a digest of their own
 _UNSET = "0" * 64
 
 

@@ -31,6 +31,8 @@ def user_errors_end_the_program(prog: str, debug: bool = False) -> Iterator[None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        if debug:
+            traceback.print_exc()
         fail(prog, UserError(f"{error.filename or 'the output'}: the disk is full"))
     except UserError as error:
         if debug:

@@ -237,3 +237,50 @@ def test_an_adapter_of_peft_gets_gradients():
     adapters = {name: p.grad for name, p in mixer.named_parameters() if "lora_B" in name}
     assert len(adapters) == 2
     assert all(grad is not None and grad.any() for grad in adapters.values())
+
+
+def test_layers_without_bias_are_called():
+    mixer = make_mixer().double()
+    for name in ("dt_proj", "dt_proj_b"):
+        old = getattr(mixer, name)
+        setattr(mixer, name, torch.nn.Linear(old.in_features, old.out_features, bias=False).double())
+    for name in ("conv1d", "conv1d_b"):
+        old = getattr(mixer, name)
+        new = torch.nn.Conv1d(old.in_channels, old.out_channels, 4, groups=old.groups, padding=3, bias=False)
+        setattr(mixer, name, new.double())
+    x, zeros = torch.randn(BATCH, TOKENS, DIM).double(), torch.zeros(BATCH).double()
+    assert_close("y", mixer(x), mixer_by_definition(mixer, x, "own", zeros, zeros), "float64")
+
+
+@pytest.mark.parametrize("name", ("A_log", "A_b_log", "D", "D_b"))
+def test_parametrised_parameters_are_used(name):
+    mixer, x = make_mixer(), torch.randn(BATCH, TOKENS, DIM)
+    doubled = make_mixer()
+    doubled.load_state_dict(mixer.state_dict())
+    with torch.no_grad():
+        getattr(doubled, name).mul_(2)
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(mixer, name, Twice())
+    assert_close("y", mixer(x), doubled(x))
+
+
+def test_shares_of_another_shape_are_refused():
+    mixer, x = make_mixer(), torch.randn(BATCH, TOKENS, DIM)
+    for shape in ((1,), (BATCH, 1), (BATCH + 1,)):
+        with pytest.raises(ValueError, match="mix must be"):
+            mixer(x, torch.full(shape, 0.5), torch.ones(shape))
+
+
+def test_no_image_gives_no_output():
+    mixer = make_mixer()
+    x = torch.randn(0, TOKENS, DIM, requires_grad=True)
+    y = mixer(x)
+    assert y.shape == (0, TOKENS, DIM)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    with torch.no_grad():
+        assert mixer(x).shape == (0, TOKENS, DIM)

@@ -3,7 +3,7 @@ import torch
 
 from semivim.layers import BidirectionalMamba, mamba
 from semivim.ops import use_backend
-from semivim.ops.mixer import decay_rate
+from semivim.ops.mixer import DirectionWeights, decay_rate, mix_tokens
 from tests.ops.scan_cases import BACKENDS
 from tests.tolerance import assert_close
 
@@ -142,3 +142,23 @@ def test_another_default_dtype_changes_nothing():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("field", DirectionWeights._fields)
+def test_a_weight_of_another_shape_is_named(field):
+    mixer, xz = make_mixer(), torch.randn(BATCH, TOKENS, 4 * DIM)
+    forward, backward = mixer._weights()
+    wrong = getattr(backward, field)[1:]
+    with pytest.raises(ValueError, match=r"must be \(.*\), got \(.*\)"):
+        mix_tokens(xz, forward, backward._replace(**{field: wrong}))
+
+
+def test_second_derivatives_under_autocast():
+    mixer, x = make_mixer(), torch.randn(1, 4, DIM, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixer(x)
+    (first,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    exact = torch.autograd.grad(mixer(x).square().sum(), x, create_graph=True)[0]
+    (expected,) = torch.autograd.grad(exact.square().sum(), x)
+    assert torch.nn.functional.cosine_similarity(second.flatten(), expected.flatten(), 0) > 0.99

@@ -271,10 +271,13 @@ def test_any_number_of_directions_is_the_sum_of_their_scans(backend, reverses, g
 
 
 def test_flops_are_counted_in_torchs_way():
-    inputs = bidirectional_inputs(2, 7, 8, 4)
+    inputs = {name: x.requires_grad_() for name, x in bidirectional_inputs(2, 7, 8, 4).items()}
     with FlopCounterMode(display=False) as counter:
-        bidirectional_scan(**inputs)
+        out = bidirectional_scan(**inputs)
     assert counter.get_total_flops() == 2 * 9 * 2 * 7 * 8 * 4
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 9 * 2 * 7 * 8 * 4
 
 
 def test_a_backward_refuses_what_another_backend_saved():
