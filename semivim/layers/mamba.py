@@ -156,13 +156,23 @@ class BidirectionalMamba(nn.Module):
             directions.append(DirectionWeights(*tensors))  # type: ignore[arg-type]
         return directions[0], directions[1]
 
+    def __prepare_scriptable__(self) -> "BidirectionalMamba":
+        """Refuse TorchScript where a layer must be called: a script cannot ask what a module is, and uses its weights.
+
+        Raises:
+            ValueError: If a layer between the outer projections was replaced, hooked, parametrised or pruned.
+        """
+        if self._weights() is None:
+            raise ValueError("the mixer cannot be scripted: a layer of it is replaced, hooked, parametrised or pruned")
+        return self
+
     def convolve(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve tokens causally in both directions: ``(b, l, e)`` to u and u_b, ``(b, l, e)`` each."""
-        # A script cannot ask what a module is, so it calls it.
         if torch.jit.is_scripting():
-            u = F.silu(self.conv1d(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
-            u_b = F.silu(self.conv1d_b(x.flip(1).transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2).flip(1)
-            return u, u_b
+            bias, bias_b = self.conv1d.bias, self.conv1d_b.bias
+            assert bias is not None and bias_b is not None
+            outputs = causal_conv(x, [(self.conv1d.weight, bias), (self.conv1d_b.weight, bias_b)], [False, True])
+            return outputs[0], outputs[1]
         f, g = self.conv1d, self.conv1d_b
         if is_plain_causal_conv(f) and is_plain_causal_conv(g):
             assert f.bias is not None and g.bias is not None
@@ -185,8 +195,8 @@ class BidirectionalMamba(nn.Module):
         A = decay_rate(self.A_b_log if reverse else self.A_log)
         D = self.D_b if reverse else self.D
         if torch.jit.is_scripting():
-            delta = self.dt_proj_b(dbc[..., :r]) if reverse else self.dt_proj(dbc[..., :r])
-            bias = torch.zeros_like(D)
+            bias: Tensor = self.dt_proj_b.bias if reverse else self.dt_proj.bias
+            delta = F.linear(dbc[..., :r], self.dt_proj_b.weight if reverse else self.dt_proj.weight)
         else:
             dt_proj = self.dt_proj_b if reverse else self.dt_proj
             if is_plain(dt_proj, nn.Linear) and dt_proj.bias is not None:

@@ -20,10 +20,11 @@ def is_eager(x: Tensor) -> bool:
     """Return whether an operation on x runs at once and nothing else looks at it.
 
     Not so while compiling, exporting, tracing or scripting, under transforms, under modes (the FLOP counter, fake
-    tensors) and for subclasses of Tensor.
+    tensors), for subclasses of Tensor and on other devices than a CPU or a GPU (meta tensors hold nothing).
     """
     return (
         type(x) is Tensor
+        and x.device.type in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()

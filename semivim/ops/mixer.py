@@ -94,8 +94,9 @@ class _Mixer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        xz, mix, saved, *us, dbc, dbc_b = ctx.saved_tensors[:7]
-        tensors = ctx.saved_tensors[7:]
+        kept = ctx.saved_tensors  # read once, as checkpointing wants it
+        xz, mix, saved, *us, dbc, dbc_b = kept[:7]
+        tensors = kept[7:]
         weights = _split(tensors)
         if torch.is_grad_enabled():  # by create_graph: the gradients are to be differentiated themselves
 

@@ -284,3 +284,13 @@ def test_no_image_gives_no_output():
     assert x.grad.shape == x.shape
     with torch.no_grad():
         assert mixer(x).shape == (0, TOKENS, DIM)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_hooked_layer_is_not_scripted_away():
+    mixer = make_mixer()
+    x = torch.randn(BATCH, TOKENS, DIM)
+    assert_close("y", torch.jit.script(mixer)(x), mixer(x))
+    mixer.dt_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="cannot be scripted: a layer of it is replaced, hooked"):
+        torch.jit.script(mixer)

@@ -29,7 +29,8 @@ def test_what_looks_at_operations_is_noticed():
     torch.vmap(note)(torch.ones(2, 2))
     torch.jit.trace(note, torch.ones(2), check_trace=False)
     note(torch.nn.Parameter(torch.ones(2)))
-    assert seen == [False] * 6
+    note(torch.ones(2, device="meta"))
+    assert seen == [False] * 7
 
 
 def test_a_compiled_program_does_not_take_the_direct_path():
