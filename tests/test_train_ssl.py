@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import semivim
 import train_ssl
+from semivim.runs import open_run
 from semivim.runs.optimizer_step import SkippedSteps
 from tests.training import ROOT, TINY, refused, run, states
 
@@ -226,7 +227,7 @@ def test_broken_validation_image_is_an_error_that_names_it(image_folder, tmp_pat
 
 
 def test_gradients_that_stay_infinite_stop_the_run_and_leave_the_last_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_ssl, "SkippedSteps", partial(SkippedSteps, limit=2))
+    monkeypatch.setattr(open_run, "SkippedSteps", partial(SkippedSteps, limit=2))
     folder = tmp_path / "run"
     with refused(r"not finite in 3 steps in a row.*last\.pth\.tar", capsys):
         run(
