@@ -22,6 +22,7 @@ from semivim.runs.run_folder import (
     CONFIG,
     GOOD,
     LAST,
+    MODEL_BEST,
     RECOVERY,
     WEIGHTS,
     checkpoints_of_kind,
@@ -74,11 +75,17 @@ class AtomicCheckpointSaver(CheckpointSaver):
         return json.loads(path.read_text())
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
-        """Save the end of an epoch; recovery files, now older than ``last``, go."""
-        best = super().save_checkpoint(epoch, metric)
+        """Save the end of an epoch, as timm's saver does; recovery files, now older than ``last``, go.
+
+        timm's method is written again here because a run that was killed within it has to do its second half.
+        """
+        temporary = self.folder / f"tmp{CHECKPOINT_SUFFIX}"
+        self._save(str(temporary), epoch, metric)
+        self._replace(str(temporary), str(self.folder / LAST))
+        self._keep_copy(epoch, metric)
         self._remove_recovery()
         self.unproven = self.folder / LAST
-        return best
+        return self.best_metric, self.best_epoch
 
     def _remove_recovery(self) -> None:
         for file in reversed(checkpoints_of_kind(self.folder, RECOVERY)):  # a kill in between leaves the newest
@@ -103,6 +110,31 @@ class AtomicCheckpointSaver(CheckpointSaver):
         if not known or not isinstance(epoch, int):
             raise UserError(f"{self.folder}: the checkpoint's history is damaged: epoch {epoch!r}, metrics {metrics!r}")
         super().load_state_dict(state_dict)
+
+    def finish_save(self, epoch: int, metric: float | None) -> None:
+        """Make the copies of ``last`` that a kill in the middle of :meth:`save_checkpoint` left out.
+
+        Args:
+            epoch: The epoch whose end ``last`` holds.
+            metric: Its metric, None if it was not evaluated.
+        """
+        if Path(self._checkpoint_path(epoch)) not in [Path(file) for file, _ in self.checkpoint_files]:
+            self._keep_copy(epoch, metric)
+        elif self.best_epoch == epoch:
+            self._duplicate(str(self.folder / LAST), str(self.folder / MODEL_BEST))
+
+    def _keep_copy(self, epoch: int, metric: float | None) -> None:
+        """Copy ``last`` to a numbered checkpoint if it earns a place, by the rule of timm's ``save_checkpoint``."""
+        path = self._checkpoint_path(epoch)
+        # An epoch that is done again has a copy already; twice in the history, its worse entry would remove it one day.
+        self.checkpoint_files = [file for file in self.checkpoint_files if file[0] != path]
+        if len(self.checkpoint_files) >= self.max_history:
+            worst = self.checkpoint_files[-1][1]
+            if worst is not None and (metric is None or not self.cmp(metric, worst)):
+                return
+            self._cleanup_checkpoints(1)
+        self._duplicate(str(self.folder / LAST), path)
+        self._track_checkpoint(path, epoch, metric)
 
     def _cleanup_checkpoints(self, trim: int = 0) -> None:
         kept = max(0, self.max_history - min(len(self.checkpoint_files), trim))
@@ -150,6 +182,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
         except OSError:  # a file system without hard links
             shutil.copy2(src, link)
         os.replace(link, dst)
+        Path(link).unlink(missing_ok=True)  # where both were the same file, the system leaves both names
 
 
 def _tensor_bytes(value: Any) -> int:

@@ -35,6 +35,7 @@ LOCK = ".lock"
 CHECKPOINT_SUFFIX = ".pth.tar"  # timm's saver adds it to the names below, checkpoint-EPOCH and recovery-EPOCH-UPDATE
 LAST = f"last{CHECKPOINT_SUFFIX}"
 GOOD = f"good{CHECKPOINT_SUFFIX}"  # the newest checkpoint from which a step was taken
+MODEL_BEST = f"model_best{CHECKPOINT_SUFFIX}"  # timm's copy of the best epoch's checkpoint
 RECOVERY = "recovery"
 _REMOVABLE = re.compile(rf"(checkpoint-\d+|{RECOVERY}-\d+-\d+){re.escape(CHECKPOINT_SUFFIX)}", re.ASCII)
 # of ``atomic_path``, ``save_model``, ``AtomicCheckpointSaver`` and timm's saver

@@ -198,6 +198,34 @@ def test_recovery_files_go_from_the_oldest_on(tmp_path, monkeypatch):
     assert removed == [f"recovery-0-{update}.pth.tar" for update in (2, 9, 10, 11)]
 
 
+def test_epoch_that_is_done_again_stands_in_the_history_once(tmp_path):
+    """Resumed from the middle of an epoch whose end was saved before a kill."""
+    saver = make_saver(tmp_path)
+    saver.save_recovery(0, 3)
+    middle = load_training_checkpoint(tmp_path / "recovery-0-3.pth.tar")["saver"]
+    saver.save_checkpoint(0, 1.0)
+    again = make_saver(tmp_path)
+    again.load_state_dict(middle)
+    again.save_checkpoint(0, 1.0)
+    again.save_checkpoint(1, 1.0)
+    assert [(Path(file).name, metric) for file, metric in again.checkpoint_files] == [
+        ("checkpoint-0.pth.tar", 1.0),
+        ("checkpoint-1.pth.tar", 1.0),
+    ]
+    assert (tmp_path / "checkpoint-0.pth.tar").exists()
+    assert not list(tmp_path.glob("*.link"))
+
+
+def test_epoch_that_is_done_again_and_worse_than_the_history_leaves_it(tmp_path):
+    saver = make_saver(tmp_path)
+    for epoch, metric in enumerate((3.0, 2.0)):
+        saver.save_checkpoint(epoch, metric)
+    saver.save_checkpoint(1, 1.0)
+    assert [metric for _, metric in saver.checkpoint_files] == [3.0, 1.0]
+    saver.save_checkpoint(2, 0.5)
+    assert not (tmp_path / "checkpoint-2.pth.tar").exists()
+
+
 def test_last_and_best_exist_at_every_moment(tmp_path, monkeypatch):
     """Every file operation of a save is followed by a look at what a kill at that moment would leave."""
     saver = make_saver(tmp_path)
