@@ -7,7 +7,8 @@
     python train_ssl.py -c RUN/args.yaml --resume RUN/last.pth.tar
 
 A run folder OUTPUT/EXPERIMENT gets args.yaml, labelled.txt and unlabelled.txt (the split), summary.csv, checkpoints,
-metrics.jsonl, metrics.json, curves.png, and the best teacher as model.safetensors with a timm config.json.
+metrics.jsonl, metrics.json, curves.png, and as model.safetensors with a timm config.json the best model: the better of
+student and teacher by --eval-metric, at its best epoch.
 """
 
 import argparse
@@ -83,7 +84,7 @@ from semivim.flags.train_flags import (
     create_optimizer,
     loader_kwargs,
 )
-from semivim.runs.checkpoint import save_best, schedule_state
+from semivim.runs.checkpoint import better_model, save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
 from semivim.runs.progress import Progress, sum_over_ranks
@@ -265,6 +266,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
 
     # Output
+    models = {"teacher": task.trainable_module_ema.module, "student": model}
     run = stack.enter_context(
         open_run(
             found,
@@ -277,7 +279,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             eval_columns=EVAL_COLUMNS,
             log_wandb=args.log_wandb,
             wandb_project=args.wandb_project,
-            export=partial(save_best, task.trainable_module_ema.module, found.folder, source.class_names, data_config),
+            export=partial(save_best, models, found.folder, source.class_names, data_config),
             model=model,
             optimizer=optimizer,
             amp_scaler=scaler,
@@ -317,7 +319,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         scheduler.step_update(progress.num_updates)
     elif progress.num_epochs:  # plateau would take epoch 0 for warm-up
         scheduler.step(progress.num_epochs)
-    student, teacher = dict[str, Any](), dict[str, Any]()
+    student, teacher, better = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     for epoch in range(progress.num_epochs, epochs):
         task.train()
         if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
@@ -345,25 +347,29 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 run.stop(progress, signal_number)
 
         progress.unreadable = sum_over_ranks(loader.unreadable)
-        student, teacher = {}, {}
+        student, teacher, better = {}, {}, {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
             student, teacher = measure()
+            better = better_model({"teacher": teacher, "student": student}, args.eval_metric)
             log.record({"epoch": epoch, "student_top1": student["top1"], "teacher_top1": teacher["top1"]})
         means = interval_means(progress.epoch) | teacher_figures(task)
-        scheduler.step(epoch + 1, teacher.get(args.eval_metric))
+        scheduler.step(epoch + 1, better.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
         log.epoch(epoch, means, {"student_top1": student.get("top1"), **teacher}, mean_lr(optimizer))
-        if run.saver:
-            run.saver.save_epoch(epoch, teacher, args.eval_metric)
+        if run.saver and run.saver.save_epoch(epoch, better, args.eval_metric):
+            log.say(
+                f"best so far: {better['model']} of epoch {epoch}, {args.eval_metric} {better[args.eval_metric]:.2f}"
+            )
     if not teacher:  # resumed at its end
         student, teacher = measure()
+        better = better_model({"teacher": teacher, "student": student}, args.eval_metric)
 
     # Report
     results = {
         "student": student,
         "teacher": teacher,
-        "best": run.saver.read_best(progress.num_epochs - 1, teacher) if run.saver else {},
+        "best": run.saver.read_best(progress.num_epochs - 1, better) if run.saver else {},
         "class_names": source.class_names,
         "split": {"sha256": split.sha256, "labels_per_class": split.labels_per_class.tolist()}
         | {"num_labelled": len(split.labelled), "num_unlabelled": len(split.unlabelled)},
@@ -374,9 +380,12 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     if run.saver:
         write_report(found.folder, results, log.records, PANELS, f"{title}, {len(split.labelled)} labels")
         log.say(results_table({"student": student, "teacher": teacher}))
-        last, best = teacher[args.eval_metric], results["best"][args.eval_metric]
-        log.say(f"teacher {args.eval_metric} {last:.2f} (last), {best:.2f} (best)")
-        log.say(f"{found.folder}: {WEIGHTS} (best teacher), {METRICS}, {CURVES}")
+        best, last = (
+            results["best"],
+            f"student {student[args.eval_metric]:.2f}, teacher {teacher[args.eval_metric]:.2f}",
+        )
+        log.say(f"{args.eval_metric}: {last} (last epoch), best {best[args.eval_metric]:.2f}")
+        log.say(f"{found.folder}: {WEIGHTS} (best: {best['model']} of epoch {best['epoch']}), {METRICS}, {CURVES}")
     return results
 
 

@@ -62,9 +62,9 @@ def test_run_folder_holds_everything(whole):
     assert train_ssl.parse_args(["-c", str(folder / "args.yaml")]).model == "test_vim"
 
 
-def test_teacher_loads_into_timm(whole):
-    folder, _ = whole
-    best = states(folder, "model_best.pth.tar")[1]
+def test_best_model_loads_into_timm(whole):
+    folder, results = whole
+    best = states(folder, "model_best.pth.tar")[results["best"]["model"] == "teacher"]
     weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(best[key], weights[key]) for key in best)
     model = timm.create_model(
@@ -156,6 +156,32 @@ def test_every_method_trains(flags, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(torch.tensor(r["loss_labelled"]).isfinite() for r in records if "loss_labelled" in r)
     assert ("loss_unlabelled" in records[0]) == ("supervised" not in flags)
+
+
+@pytest.mark.parametrize("better", ["student", "teacher"])
+def test_the_better_of_student_and_teacher_is_saved_and_named(better, tmp_path, monkeypatch, capsys):
+    evaluate, calls = train_ssl.evaluate, []
+
+    def judged(model, *args, **kwargs):
+        calls.append("teacher" if len(calls) % 2 else "student")
+        top1 = 90.0 if calls[-1] == better else 80.0
+        return evaluate(model, *args, **kwargs) | {"balanced_acc": top1, "top1": 170.0 - top1}
+
+    monkeypatch.setattr(train_ssl, "evaluate", judged)
+    folder = tmp_path / "run"
+    results = run(
+        folder, "--epochs", 1, "--ssl-method", "fixmatch", "--pseudo-mixup", "none", "--eval-metric", "balanced_acc"
+    )
+    weights = load_file(folder / "model.safetensors")
+    saved = states(folder)[better == "teacher"]
+    other = states(folder)[better == "student"]
+    assert all(torch.equal(saved[key], weights[key]) for key in weights)
+    assert not all(torch.equal(other[key], weights[key]) for key in weights)
+    assert (results["best"]["model"], results["best"]["balanced_acc"]) == (better, 90.0)
+    said = capsys.readouterr().out
+    assert f"best so far: {better} of epoch 0, balanced_acc 90.00" in said
+    assert f"model.safetensors (best: {better} of epoch 0)" in said
+    assert torch.load(folder / "model_best.pth.tar", weights_only=False)["metric"] == 90.0
 
 
 def test_classes_are_grouped_by_all_their_training_images(tmp_path, monkeypatch):

@@ -234,4 +234,9 @@ def add_ema_flags(parser: Parser) -> None:
     """Add the group `Model exponential moving average parameters`."""
     group = parser.add_argument_group("Model exponential moving average parameters")
     group.add_argument("--model-ema-decay", type=SHARE, default=0.9998, help="largest decay per update")
-    group.add_argument("--model-ema-warmup", action="store_true", help="ramp the decay up")
+    group.add_argument(
+        "--model-ema-warmup",
+        action=argparse.BooleanOptionalAction,
+        default=True,  # not timm's: an average without it lags behind a short run, whatever the method
+        help="ramp the decay up (default, unlike timm)",
+    )

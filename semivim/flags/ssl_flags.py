@@ -117,8 +117,7 @@ def _check_lyapema(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--model-ema-decay {args.model_ema_decay:g} is below --lyap-min-decay {least:g}")
     conditions = {
         "--ssl-method lyapema": (lyapema, "lyap_mode lyap_min_decay lyap_gamma lyap_radius"),
-        "another --ssl-method: lyapema brings its own warm-up": (not lyapema, "model_ema_warmup"),
-        "--lyap-mode default": ("decay" in preset, "model_ema_decay lyap_min_decay"),
+        "--lyap-mode default": ("decay" in preset, "model_ema_decay model_ema_warmup lyap_min_decay"),
         "--lyap-mode default or paper_stable": ("v_radius" in preset, "lyap_radius"),
     }
     parser.refuse_unread(args, conditions)
@@ -179,10 +178,14 @@ def task_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 def teacher_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``SemiSupervisedTask.setup_ema``."""
     if args.ssl_method != "lyapema":
-        return {"decay": args.model_ema_decay, "use_warmup": args.model_ema_warmup}
+        # ModelEmaV3's warm-up starts one step later than LyapEmaV3's, with a copy of the student
+        start = {"update_after_step": -1} if args.model_ema_warmup else {}
+        return {"decay": args.model_ema_decay, "use_warmup": args.model_ema_warmup, **start}
+    has_warmup = args.lyap_mode == "default"
     return {
         "mode": args.lyap_mode,
-        "decay": args.model_ema_decay if args.lyap_mode == "default" else None,
+        "decay": args.model_ema_decay if has_warmup else None,
+        "use_warmup": args.model_ema_warmup if has_warmup else None,
         "min_decay": args.lyap_min_decay,
         "gamma": args.lyap_gamma,
         "v_radius": args.lyap_radius,

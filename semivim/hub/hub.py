@@ -53,10 +53,10 @@ def publish(
     private: bool = False,
     dry_run: bool = False,
 ) -> Publication:
-    """Upload the best teacher of a train_ssl.py run, download it into an empty cache, compare logits bit for bit.
+    """Upload the best model of a train_ssl.py run, download it into an empty cache, compare logits bit for bit.
 
     Args:
-        run_dir: Run folder, with ``model.safetensors`` and ``config.json`` of the best teacher.
+        run_dir: Run folder, with ``model.safetensors`` and ``config.json`` of the best model.
         repo_id: Repository ``org/name``; made if it does not exist.
         tag: Name to give the commit, not yet in use.
         license_id: License of the weights, an identifier of the Hub's, e.g. ``apache-2.0``; that of the pretrained

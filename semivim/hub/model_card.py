@@ -38,6 +38,7 @@ _RECIPE_FLAGS = (
     "amp",
 )
 _ROLES = {"best": "published", "teacher": "teacher, last epoch", "student": "student, last epoch"}
+_MODELS = ("teacher", "student")  # what best.model names; runs before it was written saved the teacher
 _SPLIT = ("sha256", "num_labelled", "num_unlabelled")
 # the entries of metrics.json that a card needs, with theirs
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -127,6 +128,9 @@ def _check_metrics(metrics: dict[str, Any], num_classes: int, where: str) -> Non
             if not (isinstance(values, list) and len(values) == num_classes and all(map(_is_number, values))):
                 wanted = f"a list of {num_classes} numbers, one a class, as {role}.{key}"
                 raise UserError(f"{where}: {METRICS}: wanted {wanted}, got {short(values)}")
+        if role == "best" and entry.get("model", "teacher") not in _MODELS:
+            wanted = f"{' or '.join(_MODELS)} as best.model"
+            raise UserError(f"{where}: {METRICS}: wanted {wanted}, got {short(entry['model'])}")
         for key in _METRICS:
             if not _is_number(entry.get(key)):
                 raise UserError(f"{where}: {METRICS}: wanted a number as {role}.{key}, got {short(entry[key])}")
@@ -197,6 +201,7 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
     command = " ".join(["python train_ssl.py -c args.yaml", *(f"--{_flag(key)} {key.upper()}" for key in local)])
     data = args.get("dataset") or "a folder of images"
     best = run.metrics["best"]
+    published = f"{best.get('model', 'teacher')} at epoch {best['epoch']}"
     recipe = {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None}
     source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
     images = f"{split['num_labelled']} labelled images"
@@ -217,7 +222,8 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
 # {head.model_name}
 
 `{architecture}` for {run.config["num_classes"]} classes, trained on {images}. \
-The weights are the teacher's at its best epoch, {best["epoch"]} of 0 to {run.epochs - 1}.
+The weights are those of the {published} of 0 to {run.epochs - 1}, the best of student and teacher \
+on the validation split{_by_metric(args)}.
 
 ## Use
 
@@ -231,7 +237,7 @@ or, for the labels of one image file: `semivim predict IMAGE --model {source}`
 
 ## Results
 
-On the run's validation split; "published" is the teacher at epoch {best["epoch"]}.
+On the run's validation split; "published" is the {published}.
 
 {_metrics_table(run.metrics)}
 
@@ -281,6 +287,11 @@ each class). It has not been tested on other data, and not for decisions about p
 ```
 """
     return str(ModelCard(text))
+
+
+def _by_metric(args: dict[str, Any]) -> str:
+    name = args.get("eval_metric")
+    return f" by {_METRICS.get(name, name)}" if isinstance(name, str) else ""
 
 
 def _eval_results(best: dict[str, Any], data: str) -> list[EvalResult]:

@@ -53,19 +53,24 @@ class AtomicCheckpointSaver(CheckpointSaver):
         self.folder, self.export = folder, export
         self.unproven: Path | None = None  # the newest checkpoint, while no step has been taken from it
 
-    def save_epoch(self, epoch: int, metrics: dict[str, Any], metric_name: str) -> None:
+    def save_epoch(self, epoch: int, metrics: dict[str, Any], metric_name: str) -> bool:
         """Save the end of an epoch, and export the model if it is the best so far.
 
         Args:
             epoch: The epoch.
-            metrics: Metrics of the model to export, {} if the epoch was not evaluated.
+            metrics: Metrics of the model to export (see :func:`better_model`), {} if the epoch was not evaluated.
             metric_name: The one that says how good it is.
+
+        Returns:
+            Whether it is.
         """
         metric = metrics.get(metric_name)
+        is_best = metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric))
         # The model first: killed in between, the epoch is done again and finds the same best.
-        if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
+        if is_best:
             self.export({"epoch": epoch, **metrics})
         self.save_checkpoint(epoch, metric)
+        return is_best
 
     def read_best(self, epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Epoch and metrics of the best model; the model as it is now becomes it where no epoch was evaluated."""
@@ -266,15 +271,28 @@ def load_schedule_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
         scheduler.restore_lr = state["restore_lr"]
 
 
+def better_model(candidates: Mapping[str, Mapping[str, Any]], metric_name: str) -> dict[str, Any]:
+    """Name, as ``model``, and metrics of the model with the highest metric; the first of equals.
+
+    Args:
+        candidates: Metrics of each model by its name; all {} if they were not evaluated, which gives {}.
+        metric_name: The metric.
+    """
+    if not all(candidates.values()):
+        return {}
+    name = max(candidates, key=lambda name: candidates[name][metric_name])
+    return {"model": name, **candidates[name]}
+
+
 def save_best(
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     folder: Path,
     label_names: Sequence[str] | None,
     data_config: dict[str, Any],
     metrics: dict[str, Any],
 ) -> None:
-    """Write a model (see :func:`save_model`) and best.json, its epoch and metrics."""
-    save_model(model, folder, label_names, data_config)
+    """Write the model that the metrics name (see :func:`save_model`) and best.json, its name, epoch and metrics."""
+    save_model(models[metrics["model"]], folder, label_names, data_config)
     write_text(folder / BEST, json.dumps(metrics))
 
 

@@ -57,7 +57,9 @@ def test_metrics_of_teacher_and_student(card: str) -> None:
     assert "| metric | published | teacher, last epoch | student, last epoch |" in card
     assert "| top-1 (%) | 63.00 | 61.50 | 55.75 |" in card
     assert "| balanced accuracy (%) | - | 58.25 | 58.25 |" in card
-    assert "best epoch, 1 of 0 to 2" in card
+    assert "The weights are those of the student at epoch 1 of 0 to 2, the best of student and teacher" in card
+    assert "on the validation split by top-1 (%)." in card
+    assert '"published" is the student at epoch 1.' in card
 
 
 def test_recall_of_each_class_with_its_labels(card: str) -> None:
@@ -131,6 +133,7 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
         ("metrics.json", "[]", "wanted a mapping, got list"),
         ("metrics.json", {"teacher": None}, "metrics.json: wanted a mapping teacher, got NoneType"),
         ("metrics.json", {"best": {}}, "metrics.json: best lacks epoch"),
+        ("metrics.json", {"best": {"epoch": 1, "model": "x"}}, "wanted teacher or student as best.model, got 'x'"),
         ("metrics.json", {"split": {"sha256": ""}}, "split lacks num_labelled, num_unlabelled, labels_per_class"),
         ("metrics.json", {"student": {"per_class_recall": [1.0]}}, "wanted a list of 5 .* student.per_class_recall"),
         ("metrics.json", {"best": {"epoch": 1, "top1": [1]}}, r"wanted a number as best.top1, got \[1\]"),

@@ -21,6 +21,7 @@ from semivim.runs import checkpoint
 from semivim.runs.checkpoint import (
     RUN_LAYOUT,
     AtomicCheckpointSaver,
+    better_model,
     load_schedule_state,
     load_training_checkpoint,
     restore,
@@ -66,6 +67,15 @@ def test_best_model_is_exported_before_its_checkpoint_and_kept_through_a_resume(
     again.save_epoch(4, {"acc": 2.5}, "acc")
     assert len(exported) == 2
     assert again.read_best(5, {"acc": 0.0}) == {"epoch": 2, "acc": 3.0}
+
+
+def test_better_model_is_named_with_its_metrics():
+    teacher, student = {"top1": 60.0, "few": 9.0}, {"top1": 61.0, "few": 8.0}
+    candidates = {"teacher": teacher, "student": student}
+    assert better_model(candidates, "top1") == {"model": "student", **student}
+    assert better_model(candidates, "few") == {"model": "teacher", **teacher}
+    assert better_model({"teacher": teacher, "student": teacher}, "top1")["model"] == "teacher"
+    assert better_model({"teacher": {}, "student": {}}, "top1") == {}
 
 
 def test_run_without_an_evaluated_epoch_exports_its_last_model(tmp_path):
