@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from timm.data import Mixup, resolve_input_data_config
+from timm.data import Mixup
 from timm.utils import is_primary, random_seed, setup_default_logging
 
 import semivim  # noqa: F401  registers the models
@@ -93,6 +93,7 @@ from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
 from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_figures import batch_figures, interval_means, teacher_figures
 from semivim.utils.metrics import evaluate
+from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, user_errors_end_the_program
 
@@ -232,7 +233,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
 
     # Student
     model = create_model(args, num_classes, **ssmixup_kwargs(args)).to(device)
-    data_config = resolve_input_data_config(model, vars(args))
+    data_config = resolve_preprocessing(model, f"--model {args.model}", vars(args))
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
     loader, eval_loader = create_loaders(args, source, val_source, split, data_config, ratio * args.batch_size, device)
     mixup = Mixup(**mixup_kwargs(args), num_classes=num_classes) if mixes(args) else None

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from semivim.data import EvaluationLoader, UnreadableImageError, View, open_source
 from semivim.inference import find_images, load_model, predict
 from semivim.utils.pixels import PixelRules
+from semivim.utils.user_error import UserError
 from tests.run_folder import CLASSES, write_run
 
 
@@ -143,8 +144,9 @@ def test_topk_out_of_range(model: torch.nn.Module, tmp_path: Path, topk: int) ->
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"interpolation": "sharp"}, "its pretrained_cfg cannot prepare .*photo.png: KeyError 'sharp'"),
-        ({"mean": []}, "its pretrained_cfg cannot prepare .*photo.png: division by zero"),
+        ({"interpolation": "sharp"}, "^model: interpolation is 'sharp', wanted a name such as bicubic"),
+        ({"mean": []}, r"^model: mean is \[\], wanted numbers in \[0, 1\], one for each channel"),
+        ({"crop_pct": 1e-3}, "^model: images would have a side of 32000 pixels"),
         ({"num_classes": 0}, "it has 0 classes, wanted a classifier"),
     ],
 )
@@ -154,6 +156,20 @@ def test_what_cannot_label_an_image_is_named(photo: Image.Image, tmp_path: Path,
     odd.pretrained_cfg.update(change)
     with pytest.raises(ValueError, match=cause):
         predict(odd, tmp_path / "photo.png", topk=1)
+
+
+@pytest.mark.parametrize("kind", [KeyError, ValueError, OSError])
+def test_a_bug_while_preparing_keeps_its_traceback(
+    model: torch.nn.Module, photo: Image.Image, tmp_path: Path, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise kind("a bug")
+
+    photo.save(tmp_path / "photo.png")
+    monkeypatch.setattr(View, "load", broken)
+    with pytest.raises(kind, match="a bug") as caught:
+        predict(model, tmp_path / "photo.png")
+    assert not isinstance(caught.value, UserError)
 
 
 def test_label_names_by_number_and_descriptions(photo: Image.Image, tmp_path: Path) -> None:
@@ -246,7 +262,7 @@ def test_damaged_weights_are_no_labels(photo: Image.Image, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "options", "cause"),
     [
-        ("test_vmi", {"pretrained": True}, "got 'test_vmi'; nearest: .*test_vim"),
+        ("test_vmi", {"pretrained": True}, "got 'test_vmi'; did you mean .*test_vim"),
         ("test_vim", {}, "needs weights, wanted either pretrained or a checkpoint"),
         ("test_vim", {"pretrained": True}, "no pretrained weights exist for test_vim"),
         ("test_vim.nope", {"pretrained": True}, r"test_vim.nope: Invalid pretrained tag \(nope\)"),

@@ -14,9 +14,17 @@ from timm.utils import NativeScaler, ParseKwargs, init_distributed_device
 
 from semivim.flags.data_flags import INTERPOLATIONS
 from semivim.flags.parser import COUNT, POSITIVE, SHARE, Name, Number, Parser, assignment, flag, spaced
+from semivim.hub.model_folder import check_config, find_folder
+from semivim.runs.run_folder import CONFIG
 from semivim.utils.files import check_weights_file
+from semivim.utils.model_options import MAX_CLASSES, check_name, check_options
+from semivim.utils.preprocessing import MAX_SIDE_PX
 from semivim.utils.user_error import UserError, one_line
 
+# A -c file may come from elsewhere, so what takes memory is bounded.
+CLASSES = Number(1, MAX_CLASSES, kind=int)
+SIDE_PX = Number(1, MAX_SIDE_PX, kind=int)
+BATCH = Number(1, 2**16, kind=int)
 COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -45,12 +53,16 @@ def add_model_flags(parser: Parser, model: str) -> None:
     group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="load this checkpoint after creation")
     group.add_argument("--resume", default="", metavar="FILE", help="resume from here; auto: from the run folder")
     group.add_argument("--no-resume-opt", action="store_true", help="leave the optimizer's state out when resuming")
-    group.add_argument("--num-classes", type=COUNT, default=None, help="number of classes, else the data's")
+    group.add_argument("--num-classes", type=CLASSES, default=None, help="number of classes, else the data's")
     group.add_argument("--gp", default=None, metavar="POOL", help="global pool type, else the model's")
-    group.add_argument("--img-size", type=COUNT, default=None, help="image side in pixels, else the model's")
+    group.add_argument("--img-size", type=SIDE_PX, default=None, help="image side in pixels, else the model's")
     group.add_argument("--in-chans", type=Number(kind=int), choices=[1, 3], default=None, help="image channels, else 3")
     group.add_argument(
-        "--input-size", type=COUNT, nargs=3, default=None, help="channels, height and width in pixels, else the model's"
+        "--input-size",
+        type=SIDE_PX,
+        nargs=3,
+        default=None,
+        help="channels, height and width in pixels, else the model's",
     )
     group.add_argument(
         "--crop-pct",
@@ -73,9 +85,9 @@ def add_model_flags(parser: Parser, model: str) -> None:
         metavar="NAME",
         help=f"evaluation: {', '.join(INTERPOLATIONS)}, else the model's",
     )
-    group.add_argument("-b", "--batch-size", type=COUNT, default=128, help="(labelled) images per device and batch")
+    group.add_argument("-b", "--batch-size", type=BATCH, default=128, help="(labelled) images per device and batch")
     group.add_argument(
-        "-vb", "--validation-batch-size", type=COUNT, default=None, help="evaluation: images per batch, else -b"
+        "-vb", "--validation-batch-size", type=BATCH, default=None, help="evaluation: images per batch, else -b"
     )
     group.add_argument("--channels-last", action="store_true", help="channels_last memory layout")
     group.add_argument("--grad-accum-steps", type=COUNT, default=1, help="batches per optimizer step")
@@ -125,7 +137,6 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` beside the number of classes and ``--model-kwargs``."""
     img_size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
     return {
-        "model_name": args.model,
         "pretrained": args.pretrained,
         "pretrained_cfg_overlay": {"file": args.pretrained_path} if args.pretrained_path else None,
         "checkpoint_path": args.initial_checkpoint,
@@ -149,22 +160,39 @@ def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> 
         UserError: If the name is unknown, an option does not suit the model, or weights are missing, damaged or another
             model's.
     """
-    flags = ("model", "model_kwargs", "initial_checkpoint", "pretrained_path")
-    given = " ".join(f"{flag(name)} {value}" for name in flags if (value := getattr(args, name)))
+    files = [name for name in ("initial_checkpoint", "pretrained_path") if getattr(args, name)]
+    for name in files:
+        try:
+            check_weights_file(getattr(args, name))
+        except UserError as error:
+            raise UserError(f"{flag(name)}: {error}") from error
+    given = {**model_kwargs(args), "num_classes": num_classes}
+    if twice := sorted(args.model_kwargs.keys() & given.keys()):
+        raise UserError(f"--model-kwargs {twice[0]}={args.model_kwargs[twice[0]]}: another flag gives the model this")
+    given |= args.model_kwargs | options
+    weights = {name: given.pop(name) for name in ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")}
+    given = {name: value for name, value in given.items() if value is not None}
+    _refuse_unsuitable(args, given)
     try:
-        for path in filter(None, (args.initial_checkpoint, args.pretrained_path)):
-            check_weights_file(path)
-        own = {**args.model_kwargs, **options}
-        model: Any = timm.create_model(**model_kwargs(args), num_classes=num_classes, **own)
-    except TypeError as error:  # a bug of the model's, but where the user gave it options
-        if not args.model_kwargs and "unexpected keyword argument" not in str(error):
-            raise
-        raise UserError(f"{given}: {one_line(error)}") from error
+        model: Any = timm.create_model(args.model, **weights, **given)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{given}: {one_line(error)}") from error
+        if not (args.pretrained or files):
+            raise
+        named = " ".join(f"{flag(name)} {getattr(args, name)}" for name in ("model", *files))
+        raise UserError(f"{named}: the weights do not load: {one_line(error)}") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def _refuse_unsuitable(args: argparse.Namespace, options: dict[str, Any]) -> None:
+    what = f"--model {args.model}"
+    if folder := find_folder(args.model, [CONFIG]):
+        check_config(folder, what, options)
+        return
+    check_name(args.model, what)
+    named = f"{what} --model-kwargs {args.model_kwargs}" if args.model_kwargs else what
+    check_options(args.model, options, named)
 
 
 def add_device_flags(parser: Parser) -> None:

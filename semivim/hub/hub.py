@@ -12,12 +12,10 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
 import semivim
-from semivim.hub.hub_session import HubError, fetch, hub_session, sha256
+from semivim.hub.hub_session import HubError, check_repo_id, fetch, hub_session, sha256
 from semivim.hub.model_card import (
     RUN_FILES,
     Run,
@@ -30,6 +28,7 @@ from semivim.hub.model_card import (
 )
 from semivim.hub.model_folder import load_folder
 from semivim.runs.run_folder import ARGS, CONFIG, METRICS
+from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.user_error import UserError, one_line
 
 _logger = logging.getLogger(__name__)
@@ -105,24 +104,6 @@ def _publish(
     return Publication(url, commit, files, card)
 
 
-def check_repo_id(repo_id: str, argument: str) -> None:
-    """Refuse what cannot be the name of a repository.
-
-    Args:
-        repo_id: Should be ``org/name``.
-        argument: Its name in the error.
-
-    Raises:
-        UserError: If it is anything else.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}: {one_line(error)}") from error
-    if "/" not in repo_id:
-        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}")
-
-
 def _check_names(repo_id: str, tag: str | None, license_id: str | None) -> None:
     check_repo_id(repo_id, "repo_id")
     # less than git allows: a tag stands in an address and in hf-hub:org/name@tag, where main is the branch
@@ -151,7 +132,7 @@ def _stage(run: Run, stage: Path, repo_id: str, revision: str, license_id: str |
 def _reference_logits(stage: Path, where: str) -> tuple[Tensor, Tensor]:
     """Two fixed random images and the logits that the staged weights give them."""
     model = load_folder(stage, where)
-    size = timm.data.resolve_input_data_config(model)["input_size"]
+    size = resolve_preprocessing(model, where)["input_size"]
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     logits = _logits(model, images)
     if not logits.isfinite().all():

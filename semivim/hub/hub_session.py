@@ -12,13 +12,14 @@ from huggingface_hub import constants, hf_hub_download, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import _http, logging
+from huggingface_hub.utils import _http, logging, validate_repo_id
 
-from semivim.utils.user_error import UserError
+from semivim.utils.user_error import UserError, one_line
 
 _TRIES = 3
 _UPLOAD_FACTOR = 6  # the Hub may work on a commit for a while before it answers
@@ -116,6 +117,24 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_repo_id(repo_id: str, argument: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Args:
+        repo_id: Should be ``org/name``.
+        argument: Its name in the error.
+
+    Raises:
+        UserError: If it is anything else.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}: {one_line(error)}") from error
+    if "/" not in repo_id:
+        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}")
 
 
 class _Guard:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from semivim.hub.model_folder import read_config, read_mapping, short
+from semivim.hub.model_folder import read_config, read_mapping
 from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, SUMMARY, WEIGHTS
-from semivim.utils.user_error import UserError, one_line
+from semivim.utils.files import load_yaml
+from semivim.utils.user_error import UserError, one_line, short
 
 RUN_FILES = (WEIGHTS, CONFIG, ARGS, METRICS, SUMMARY, CURVES)
 # Flags that say where a run was written or resumed from: they are no part of how to repeat it.
@@ -97,7 +97,7 @@ def read_run(folder: Path) -> Run:
     if missing:
         raise UserError(f"run_dir: wanted a finished run of train_ssl.py, {folder} lacks {', '.join(missing)}")
     where = f"run_dir: {folder}"
-    args = read_mapping(folder / ARGS, yaml.safe_load, where)
+    args = read_mapping(folder / ARGS, load_yaml, where)
     config = read_config(folder, where)
     if "num_classes" not in config:
         raise UserError(f"{where}: {CONFIG} lacks num_classes")

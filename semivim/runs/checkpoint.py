@@ -29,6 +29,7 @@ from semivim.runs.run_folder import (
     numbered_checkpoint,
     remove_checkpoint,
 )
+from semivim.runs.saved_state import check_saved
 from semivim.utils.checksum import seal_checkpoint, seal_safetensors
 from semivim.utils.files import atomic_path, flush, full_disk_is_one_line, load_untrusted, write_text
 from semivim.utils.user_error import UserError, one_line
@@ -238,23 +239,21 @@ def restore(
         scaler: Of the gradients, if they are scaled.
 
     Raises:
-        UserError: If the checkpoint is another model's.
+        UserError: If the checkpoint is another model's or run's (see ``check_saved``).
     """
-    try:
-        task.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
-        if task.has_ema():
-            task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
-        if optimizer is not None:
-            rates = [group["lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if not checkpoint["task_state"]["progress"]["num_epochs"]:  # a schedule over epochs sets no other before
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
-            load_schedule_state(scheduler, checkpoint["task_state"]["progress"]["schedule"])
-            if scaler is not None and scaler.state_dict_key in checkpoint:
-                scaler.load_state_dict(checkpoint[scaler.state_dict_key])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"--resume {path}: not a checkpoint of this run: {one_line(error)}") from error
+    check_saved(checkpoint, f"--resume {path}: not a checkpoint of this run", task, optimizer, scheduler, scaler)
+    task.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
+    if task.has_ema():
+        task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
+    if optimizer is not None:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if not checkpoint["task_state"]["progress"]["num_epochs"]:  # a schedule over epochs sets no other before
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        load_schedule_state(scheduler, checkpoint["task_state"]["progress"]["schedule"])
+        if scaler is not None and scaler.state_dict_key in checkpoint:
+            scaler.load_state_dict(checkpoint[scaler.state_dict_key])
 
 
 def schedule_state(scheduler: Scheduler) -> dict[str, Any]:

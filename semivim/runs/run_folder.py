@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from semivim.utils.terminal import escape
-from semivim.utils.user_error import UserError
+from semivim.utils.user_error import UserError, short
 
 try:
     import fcntl
@@ -126,7 +126,11 @@ def check_unchanged(saved: Mapping[str, Any], given: Mapping[str, Any], fixed: M
         UserError: Where one differs; the message names the flag and both values.
     """
     for name, flags in fixed.items():
-        if _plain(saved.get(name)) != _plain(given[name]):
+        try:
+            was = _plain(saved.get(name))
+        except yaml.YAMLError as error:
+            raise UserError(f"{flags} is {short(saved[name])} in the run to resume, no value of a flag") from error
+        if was != _plain(given[name]):
             raise UserError(
                 f"{flags} is {given[name]}, but {saved.get(name)} in the run to resume, which cannot change it: "
                 f"give {saved.get(name)}, or start another run"
