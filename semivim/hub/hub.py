@@ -19,6 +19,7 @@ from semivim.hub.hub_session import HubError, check_repo_id, fetch, hub_session,
 from semivim.hub.model_card import (
     RUN_FILES,
     Run,
+    check_license,
     model_card,
     public_args,
     public_config,
@@ -111,8 +112,8 @@ def _check_names(repo_id: str, tag: str | None, license_id: str | None) -> None:
         raise UserError(
             f"tag: wanted letters, digits and '_', with single '.' or '-' between, no main, no .lock; got {tag!r}"
         )
-    if license_id is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license_id):
-        raise UserError(f"license: wanted an identifier of the Hub's like apache-2.0, got {license_id!r}")
+    if license_id is not None:
+        check_license(license_id, "license")
 
 
 def _stage(run: Run, stage: Path, repo_id: str, revision: str, license_id: str | None) -> str:
