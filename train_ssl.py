@@ -91,8 +91,8 @@ from semivim.runs.progress import Progress, sum_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
 from semivim.task.semi_supervised import SemiSupervisedTask
-from semivim.task.ssl_figures import batch_figures, interval_means, teacher_figures
-from semivim.utils.metrics import evaluate
+from semivim.task.ssl_figures import batch_figures, interval_means, pseudo_label_summary, teacher_figures
+from semivim.utils.metrics import describe_groups, evaluate
 from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, user_errors_end_the_program
@@ -293,7 +293,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         save_split(split, found.folder, source.names)
         loader.unreadable.update(progress.unreadable)  # rank 0 keeps the earlier counts of all
         log.say(f"{found.folder}: {title}, {device}")
-        log.say(split.report())
+        log.say("\n".join(filter(None, [split.report(), describe_groups(counts)])))
 
     # Train
     steps = loader.steps(progress.num_updates * accum)
@@ -309,12 +309,12 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         result = task(image, label, weak, strong, progress.ramp(ramp_steps))
         return result["loss"], batch_figures(result, hidden_label)
 
-    def measure() -> tuple[dict[str, Any], dict[str, Any]]:
+    def measure() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         models = task.get_eval_model(), task.get_eval_model(ema=True)
         student, teacher = (
             evaluate(m, eval_loader, num_classes, device, autocast, train_counts=counts) for m in models
         )
-        return student, teacher
+        return student, teacher, better_model({"teacher": teacher, "student": student}, args.eval_metric)
 
     if args.sched_on_updates:
         scheduler.step_update(progress.num_updates)
@@ -351,9 +351,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         student, teacher, better = {}, {}, {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
-            student, teacher = measure()
-            better = better_model({"teacher": teacher, "student": student}, args.eval_metric)
+            student, teacher, better = measure()
             log.record({"epoch": epoch, "student_top1": student["top1"], "teacher_top1": teacher["top1"]})
+        log.say_once(pseudo_label_summary(progress.epoch, source.class_names).get("fault"))
         means = interval_means(progress.epoch) | teacher_figures(task)
         scheduler.step(epoch + 1, better.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
@@ -363,8 +363,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 f"best so far: {better['model']} of epoch {epoch}, {args.eval_metric} {better[args.eval_metric]:.2f}"
             )
     if not teacher:  # resumed at its end
-        student, teacher = measure()
-        better = better_model({"teacher": teacher, "student": student}, args.eval_metric)
+        student, teacher, better = measure()
 
     # Report
     results = {
@@ -374,13 +373,14 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         "class_names": source.class_names,
         "split": {"sha256": split.sha256, "labels_per_class": split.labels_per_class.tolist()}
         | {"num_labelled": len(split.labelled), "num_unlabelled": len(split.unlabelled)},
+        "pseudo_labels": pseudo_label_summary(progress.run, source.class_names),
         "unreadable_images": {source.describe(i): n for i, n in progress.unreadable.items()},
         "updates": progress.num_updates,
         "seconds": time.perf_counter() - log.start_s,
     }
     if run.saver:
         write_report(found.folder, results, log.records, PANELS, f"{title}, {len(split.labelled)} labels")
-        log.say(results_table({"student": student, "teacher": teacher}))
+        log.say(results_table({"student": student, "teacher": teacher}, results["pseudo_labels"]))
         best, last = (
             results["best"],
             f"student {student[args.eval_metric]:.2f}, teacher {teacher[args.eval_metric]:.2f}",

@@ -184,6 +184,16 @@ def test_the_better_of_student_and_teacher_is_saved_and_named(better, tmp_path, 
     assert torch.load(folder / "model_best.pth.tar", weights_only=False)["metric"] == 90.0
 
 
+@pytest.mark.parametrize(("threshold", "fault"), [(0.99999, "no unlabelled image was kept"), (0.05, None)])
+def test_unlabelled_images_that_taught_nothing_are_told_at_once_and_at_the_end(threshold, fault, tmp_path, capsys):
+    results = run(tmp_path / "run", "--threshold", threshold)
+    said = capsys.readouterr().out
+    assert "unlabelled images: 48 seen, " in said
+    assert said.count("no unlabelled image was kept") == (2 if fault else 0)  # after the first epoch, under the table
+    assert (fault or "None") in str(results["pseudo_labels"]["fault"])
+    assert results["pseudo_labels"]["seen"] == 48
+
+
 def test_classes_are_grouped_by_all_their_training_images(tmp_path, monkeypatch):
     seen, evaluate = [], train_ssl.evaluate
 

@@ -234,6 +234,8 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
     images = f"{split['num_labelled']} labelled images"
     if args.get("ssl_method") != "supervised":
         images += f" and {split['num_unlabelled']} unlabelled ones"
+        if isinstance(said := run.metrics.get("pseudo_labels"), dict) and said.get("fault"):
+            images += f" (but {inert(said['fault'])})"
     head = ModelCardData(
         license=license_id,
         library_name="timm",

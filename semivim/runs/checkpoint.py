@@ -34,7 +34,7 @@ from semivim.utils.checksum import seal_checkpoint, seal_safetensors
 from semivim.utils.files import atomic_path, flush, full_disk_is_one_line, load_untrusted, write_text
 from semivim.utils.user_error import UserError, one_line
 
-RUN_LAYOUT = 2  # of checkpoints; 1 had the run's position among the task's losses
+RUN_LAYOUT = 3  # of checkpoints; 1 had the run's position among the task's losses, 2 no sums of the whole run
 
 
 class AtomicCheckpointSaver(CheckpointSaver):

@@ -124,6 +124,15 @@ def test_license_is_the_one_given_or_that_of_the_weights_the_run_began_with(tmp_
         assert public_config(run, license_id)["pretrained_cfg"].get("license") == wanted
 
 
+def test_unlabelled_images_that_taught_nothing_are_told(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics["pseudo_labels"] = {"seen": 9, "kept": 0, "fault": "no unlabelled image was kept"}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    card = model_card(read_run(tmp_path), "org/ants", "", "1.2.3", None)
+    assert "20 labelled images and 300 unlabelled ones (but no unlabelled image was kept)." in card
+
+
 def test_a_license_that_is_none_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
