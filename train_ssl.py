@@ -280,7 +280,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             eval_columns=EVAL_COLUMNS,
             log_wandb=args.log_wandb,
             wandb_project=args.wandb_project,
-            export=partial(save_best, models, found.folder, source.class_names, data_config),
+            export=partial(save_best, models, found.folder, source.class_names, data_config, source.rules),
             model=model,
             optimizer=optimizer,
             amp_scaler=scaler,

@@ -9,6 +9,7 @@ from semivim.data import UnreadableImageError
 from semivim.flags.data_flags import pixel_flags, pixel_rules
 from semivim.flags.parser import COUNT, Parser
 from semivim.hub.hub import publish
+from semivim.hub.model_folder import pixel_rules as model_rules
 from semivim.inference import find_images, load_model, predict
 from semivim.utils.terminal import escape, escape_lines
 from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program
@@ -94,14 +95,14 @@ def _add_predict(parser: Parser) -> None:
     weights.add_argument("--checkpoint", metavar="FILE", help="weights for a timm name, or a training checkpoint")
     parser.add_argument("--num-classes", type=COUNT, help="number of classes of --checkpoint")
     parser.add_argument("--topk", type=COUNT, default=5, help="labels to print")
-    pixel_flags(parser)
+    pixel_flags(parser, background=None, otherwise=", else as in the model's training")
     parser.set_defaults(run=_predict)
 
 
 def _predict(args: Namespace) -> Iterator[str]:
     """Label all images that can be read, then fail if one could not."""
     model = load_model(args.model, args.pretrained, args.checkpoint, args.num_classes)
-    paths, rules = find_images(args.images), pixel_rules(args)
+    paths, rules = find_images(args.images), pixel_rules(args, model_rules(model))
     status = 0
     for path in paths:
         try:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from semivim.data import ImageSource, View, open_unlabelled_folder
 from semivim.hub.hub_session import fetch, hub_session
-from semivim.hub.model_folder import FOLDER, HUB, find_folder, load_folder
+from semivim.hub.model_folder import FOLDER, HUB, find_folder, load_folder, pixel_rules
 from semivim.models.vim_weights import named_tensors
 from semivim.runs.run_folder import WEIGHTS
 from semivim.utils.files import check_weights_file, load_untrusted
 from semivim.utils.model_options import check_name, check_options, did_you_mean_model
-from semivim.utils.pixels import DEFAULT_RULES, PixelRules
+from semivim.utils.pixels import PixelRules
 from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.user_error import UserError, one_line
 
@@ -82,7 +82,7 @@ def predict(
     model: nn.Module,
     image_path: str | Path,
     topk: int = 5,
-    rules: PixelRules = DEFAULT_RULES,
+    rules: PixelRules | None = None,
 ) -> list[tuple[str, float]]:
     """Most probable classes of an image file, read and prepared by the code that evaluates a training run.
 
@@ -92,7 +92,7 @@ def predict(
         model: A timm model in eval mode.
         image_path: Any image file that Pillow reads.
         topk: Number of classes to return, at most the model's.
-        rules: How pixels become 8 bits, as in training.
+        rules: How pixels become 8 bits; None as in the model's training, where its folder says it.
 
     Returns:
         ``(label, probability)``, most probable first.
@@ -106,6 +106,7 @@ def predict(
         raise UserError("model: it has 0 classes, wanted a classifier")
     if not 1 <= topk <= len(names):
         raise UserError(f"topk: wanted 1 to {len(names)}, got {topk}")
+    rules = pixel_rules(model) if rules is None else rules
     source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)], rules=rules)
     view = View(**resolve_preprocessing(model, "model"), is_training=False)
     images = view.load(view([source.image(0)], [0]), torch.device("cpu"))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from semivim.data import EvaluationLoader, UnreadableImageError, View, open_source
 from semivim.inference import find_images, load_model, predict
+from semivim.runs.checkpoint import save_model
 from semivim.utils.pixels import PixelRules
 from semivim.utils.user_error import UserError
 from tests.run_folder import CLASSES, write_run
@@ -86,6 +88,37 @@ def test_transparency_is_composed_on_the_background_of_training(
         expected = predict(model, tmp_path / "flat.png", 2)
         assert predict(model, tmp_path / "clip.png", 2, *rules) == expected
         assert predict(model, tmp_path / "clip.png", 2, PixelRules((255, 0, 255))) != expected
+
+
+def test_pixels_are_read_as_in_the_training_of_the_model(photo: Image.Image, tmp_path: Path) -> None:
+    rules = PixelRules((200, 0, 0), 1000)
+    torch.manual_seed(0)
+    save_model(timm.create_model("test_vim", num_classes=5), tmp_path, None, None, rules)
+    trained = load_model(f"local-dir:{tmp_path}")
+    clip_art = photo.convert("RGBA")
+    clip_art.putalpha(90)
+    clip_art.save(tmp_path / "clip.png")
+    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)).save(tmp_path / "deep.png")
+    for name in ("clip.png", "deep.png"):
+        assert predict(trained, tmp_path / name) == predict(trained, tmp_path / name, rules=rules)
+        assert predict(trained, tmp_path / name) != predict(trained, tmp_path / name, rules=PixelRules())
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        3,
+        {},
+        {"alpha_background": [1, 2, 999], "max_value": None},
+        {"alpha_background": [1, 2, 3], "max_value": -1},
+    ],
+)
+def test_damaged_pixel_rules_are_named(rules: object, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"semivim_pixel_rules": rules}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json: semivim_pixel_rules is .*, wanted alpha_background, "):
+        load_model(f"local-dir:{tmp_path}")
 
 
 def test_a_folder_stands_for_the_images_below_it(photo: Image.Image, tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def test_run_folder_holds_everything(whole):
     stored = json.loads((folder / "metrics.json").read_text())
     assert stored["teacher"]["top1"] == results["teacher"]["top1"]
     assert stored["split"]["num_labelled"] == 40
+    rules = {"alpha_background": [255, 255, 255], "max_value": None}
+    assert json.loads((folder / "config.json").read_text())["semivim_pixel_rules"] == rules
     assert stored["updates"] == 6
     assert stored["best"]["top1"] == torch.load(folder / "model_best.pth.tar", weights_only=False)["metric"]
     assert len(stored["best"]["per_class_recall"]) == 10

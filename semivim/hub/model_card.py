@@ -37,6 +37,8 @@ _RECIPE_FLAGS = (
     "sched",
     "warmup_epochs",
     "amp",
+    "alpha_background",
+    "max_value",
 )
 _ROLES = {"best": "published", "teacher": "teacher, last epoch", "student": "student, last epoch"}
 _MODELS = ("teacher", "student")  # what best.model names; runs before it was written saved the teacher

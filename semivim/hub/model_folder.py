@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from semivim.hub.hub_session import check_repo_id, fetch
-from semivim.runs.run_folder import CONFIG, WEIGHTS
+from semivim.runs.run_folder import CONFIG, PIXELS, WEIGHTS
 from semivim.utils.files import check_weights_file, weights_shapes
 from semivim.utils.model_options import (
     MAX_CLASSES,
@@ -22,6 +22,7 @@ from semivim.utils.model_options import (
     check_options,
     did_you_mean_model,
 )
+from semivim.utils.pixels import DEFAULT_RULES, PixelRules
 from semivim.utils.preprocessing import check_preprocessing
 from semivim.utils.user_error import UserError, one_line, short
 
@@ -84,7 +85,18 @@ def load_folder(folder: Path, where: str) -> nn.Module:
     # where these differ, timm draws the classifier at random
     if (saved := model.pretrained_cfg["num_classes"]) != model.num_classes:
         raise UserError(f"{where}: {CONFIG}: num_classes is {saved}, but {model.num_classes} in model_args")
+    if PIXELS in (config := read_config(folder, where)):
+        model.pretrained_cfg[PIXELS] = config[PIXELS]
     return model
+
+
+def pixel_rules(model: nn.Module) -> PixelRules:
+    """How the model's images became 8 bits in training, as :func:`load_folder` found it; the usual rules otherwise."""
+    config: Any = model.pretrained_cfg
+    if PIXELS not in config:
+        return DEFAULT_RULES
+    red, green, blue = config[PIXELS]["alpha_background"]
+    return PixelRules((red, green, blue), config[PIXELS]["max_value"])
 
 
 def check_config(folder: Path, where: str, options: Mapping[str, Any] | None = None) -> None:
@@ -128,7 +140,18 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     for name, wanted in _FIELDS.items():
         if name in config and not isinstance(config[name], wanted):
             raise UserError(f"{where}: {CONFIG}: {name} is {short(config[name])}, wanted {_type_names(wanted)}")
+    if PIXELS in config and not _are_pixel_rules(config[PIXELS]):
+        meant = "alpha_background, three numbers from 0 to 255, and max_value, a number or null"
+        raise UserError(f"{where}: {CONFIG}: {PIXELS} is {short(config[PIXELS])}, wanted {meant}")
     return config
+
+
+def _are_pixel_rules(value: Any) -> bool:
+    if not (isinstance(value, dict) and value.keys() == set(PixelRules._fields)):
+        return False
+    colour, white = value["alpha_background"], value["max_value"]
+    is_colour = isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+    return is_colour and (white is None or (type(white) is int and 0 < white < 2**32))
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[str, Any]:

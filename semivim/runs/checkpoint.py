@@ -23,6 +23,7 @@ from semivim.runs.run_folder import (
     GOOD,
     LAST,
     MODEL_BEST,
+    PIXELS,
     RECOVERY,
     WEIGHTS,
     checkpoints_of_kind,
@@ -32,6 +33,7 @@ from semivim.runs.run_folder import (
 from semivim.runs.saved_state import check_saved
 from semivim.utils.checksum import seal_checkpoint, seal_safetensors
 from semivim.utils.files import atomic_path, flush, full_disk_is_one_line, load_untrusted, write_text
+from semivim.utils.pixels import PixelRules
 from semivim.utils.user_error import UserError, one_line
 
 RUN_LAYOUT = 3  # of checkpoints; 1 had the run's position among the task's losses, 2 no sums of the whole run
@@ -288,10 +290,11 @@ def save_best(
     folder: Path,
     label_names: Sequence[str] | None,
     data_config: dict[str, Any],
+    rules: PixelRules,
     metrics: dict[str, Any],
 ) -> None:
     """Write the model that the metrics name (see :func:`save_model`) and best.json, its name, epoch and metrics."""
-    save_model(models[metrics["model"]], folder, label_names, data_config)
+    save_model(models[metrics["model"]], folder, label_names, data_config, rules)
     write_text(folder / BEST, json.dumps(metrics))
 
 
@@ -300,6 +303,7 @@ def save_model(
     folder: Path,
     label_names: Sequence[str] | None = None,
     data_config: dict[str, Any] | None = None,
+    rules: PixelRules | None = None,
 ) -> None:
     """Write model.safetensors and config.json into a folder, each whole or not at all.
 
@@ -311,8 +315,11 @@ def save_model(
         label_names: Names of the classes; left out where their number is not the model's.
         data_config: Preprocessing that the model was evaluated with (timm's ``resolve_input_data_config``); None takes
             the architecture's.
+        rules: How pixels became 8 bits; left out if None.
     """
-    config = {"label_names": list(label_names)} if label_names and len(label_names) == model.num_classes else None
+    config: dict[str, Any] = {} if rules is None else {PIXELS: rules._asdict()}
+    if label_names and len(label_names) == model.num_classes:
+        config["label_names"] = list(label_names)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
         with full_disk_is_one_line(Path(temporary) / WEIGHTS, _tensor_bytes(model.state_dict())):
             save_for_hf(model, temporary, model_config=config, safe_serialization=True, data_config=data_config)

@@ -30,6 +30,7 @@ METRICS = "metrics.json"  # results at the end
 CURVES = "curves.png"
 WEIGHTS = "model.safetensors"  # the best model, with CONFIG as timm and the Hub name them
 CONFIG = "config.json"
+PIXELS = "semivim_pixel_rules"  # entry of CONFIG, beside timm's
 BEST = "best.json"  # epoch and metrics of the best model
 LOCK = ".lock"
 CHECKPOINT_SUFFIX = ".pth.tar"  # timm's saver adds it to the names below, checkpoint-EPOCH and recovery-EPOCH-UPDATE
