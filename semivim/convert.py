@@ -16,7 +16,7 @@ from semivim.hub.model_folder import load_folder
 from semivim.models import Vim, list_models
 from semivim.models.vim_weights import WEIGHTS_ENTRY, checkpoint_filter_fn
 from semivim.runs.checkpoint import save_model
-from semivim.utils.files import load_untrusted
+from semivim.utils.files import load_weights
 from semivim.utils.user_error import UserError, one_line
 
 
@@ -43,7 +43,7 @@ def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.Pat
         raise UserError(f"no folder {folder.parent} to create {folder.name} in")
     if model_name not in list_models():
         raise UserError(f"model is {model_name!r}, wanted one of {', '.join(list_models())}")
-    state = load_untrusted(checkpoint)
+    state = load_weights(checkpoint)
     if entry and entry not in state:
         raise UserError(f"entry is {entry!r}, which {checkpoint} lacks")
     try:

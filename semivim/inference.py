@@ -8,17 +8,16 @@ from typing import Any, cast
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg, split_model_name_tag
-from torch import Tensor, nn
+from torch import nn
 
 from semivim.data import ImageSource, View, open_unlabelled_folder
 from semivim.hub.hub_session import fetch, hub_session
 from semivim.hub.model_folder import FOLDER, HUB, find_folder, load_folder, pixel_rules
 from semivim.models.vim_weights import named_tensors
 from semivim.runs.run_folder import WEIGHTS
-from semivim.utils.files import check_weights_file, load_untrusted
+from semivim.utils.files import load_weights
 from semivim.utils.model_options import check_name, check_options, did_you_mean_model
 from semivim.utils.pixels import PixelRules
 from semivim.utils.preprocessing import resolve_preprocessing
@@ -125,7 +124,7 @@ def _open_image(path: str | Path) -> Image.Image:
 
 
 def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.Module:
-    state = _read_weights(checkpoint)
+    state = load_weights(checkpoint)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     check_options(name, options, f"num_classes: {num_classes} does not suit {name}")
     model = timm.create_model(name, **options)
@@ -136,13 +135,6 @@ def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.
     except (RuntimeError, ValueError) as error:
         raise UserError(f"checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
     return model.eval()
-
-
-def _read_weights(path: str) -> dict[str, Tensor]:
-    if not path.endswith(".safetensors"):
-        return load_untrusted(path)
-    check_weights_file(path)
-    return load(Path(path).read_bytes())
 
 
 def _load_pretrained(name: str) -> nn.Module:

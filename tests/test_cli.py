@@ -1,8 +1,8 @@
 """`semivim publish` and `semivim predict`, as typed."""
 
-from pathlib import json
+import json
+from pathlib import Path
 
-import Path
 import pytest
 import timm
 from PIL import Image

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from semivim.utils.files import write_text
-from semivim.utils.user_error import UserError
+from semivim.utils.user_error import UserError, one_line
 
 UNKNOWN = -1  # label of an image whose class is not known
 
@@ -343,7 +343,7 @@ def load_split(
         skip = 2 if role == "labelled" else 1
         positions = _check_positions(str(path), np.array([int(row[0]) for row in rows], dtype=np.int64), len(labels))
         if role == "labelled":
-            _fill_labels(path, labels, rows)
+            _fill_labels(path, labels, rows, num_classes)
         if names is not None:
             _check_names(path, names, rows, skip)
         parts[role] = (positions, header[2])
@@ -362,7 +362,10 @@ def _in_one_line(name: str) -> str:
 def _read_saved(path: Path, role: str) -> tuple[tuple[int, int, str], list[list[str]]]:
     if not path.is_file():
         raise UserError(f"saved split {path} does not exist")
-    first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    try:
+        first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
     match = _HEADER_PATTERN.fullmatch(first)
     if match is None or match[1] != role:
         raise UserError(f"{path} is not a saved {role} split: its first line is {first[:80]!r}")
@@ -371,14 +374,16 @@ def _read_saved(path: Path, role: str) -> tuple[tuple[int, int, str], list[list[
     if len(rows) != int(match[2]):
         raise UserError(f"{path} is damaged: {len(rows)} entries, its header says {match[2]}")
     for number, row in enumerate(rows, start=2):
-        if len(row) < columns or not all(re.fullmatch(r"\d+", value) for value in row[:columns]):
+        if len(row) < columns or not all(re.fullmatch("[0-9]{1,18}", value) for value in row[:columns]):
             raise UserError(f"{path}, line {number}: {' '.join(row)!r} does not start with {columns} numbers")
     return (int(match[3]), int(match[4]), match[5]), rows
 
 
-def _fill_labels(path: Path, labels: np.ndarray, rows: list[list[str]]) -> None:
+def _fill_labels(path: Path, labels: np.ndarray, rows: list[list[str]], num_classes: int) -> None:
     for row in rows:
         index, label = int(row[0]), int(row[1])
+        if label >= num_classes:
+            raise UserError(f"{path} says class {label} for image {index}, the data set has {num_classes} classes")
         if labels[index] not in (UNKNOWN, label):
             raise UserError(f"{path} says class {label} for image {index}, the data set says {labels[index]}")
         labels[index] = label

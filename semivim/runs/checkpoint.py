@@ -28,6 +28,7 @@ from semivim.runs.run_folder import (
     WEIGHTS,
     checkpoints_of_kind,
     numbered_checkpoint,
+    read_best,
     remove_checkpoint,
 )
 from semivim.runs.saved_state import check_saved
@@ -77,10 +78,9 @@ class AtomicCheckpointSaver(CheckpointSaver):
 
     def read_best(self, epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Epoch and metrics of the best model; the model as it is now becomes it where no epoch was evaluated."""
-        path = self.folder / BEST
-        if not path.exists():
+        if not read_best(self.folder):
             self.export({"epoch": epoch, **metrics})
-        return json.loads(path.read_text())
+        return read_best(self.folder)
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """Save the end of an epoch, as timm's saver does; recovery files, now older than ``last``, go.

@@ -26,6 +26,7 @@ from semivim.runs.run_folder import (
     check_unchanged,
     find_checkpoints,
     lock_folder,
+    read_best,
     refuse_going_back,
     refuse_other_run,
     run_folder,
@@ -218,6 +219,7 @@ def open_run(
             epoch, metric = found.checkpoint["saver"]["pending"]
             if found.path == found.folder / LAST and epoch < progress.num_epochs:  # else the middle of an epoch
                 saver.finish_save(epoch, metric)
+            read_best(found.folder)  # a damaged one is told now, not after the last epoch
         if not (found.continues and (found.folder / GOOD).exists()):
             saver.keep_first(progress.num_epochs)
         if log_wandb:

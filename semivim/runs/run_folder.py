@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from semivim.utils.terminal import escape
-from semivim.utils.user_error import UserError, short
+from semivim.utils.user_error import UserError, one_line, short
 
 try:
     import fcntl
@@ -85,15 +85,17 @@ def run_folder(output: str, experiment: str, resume: str, name: str) -> Path:
 def find_checkpoints(resume: str, folder: Path) -> list[Path]:
     """File to resume, [] to start afresh; 'auto' takes those of the run folder, newest first.
 
-    A recovery file, whose name tells epoch and update, is newer than ``last``: the end of an epoch removes them.
+    A recovery file, whose name tells epoch and update, is newer than ``last``: the end of an epoch removes them. The
+    good one, which is a copy, comes last: it is all that there is before the first save.
     """
     if resume != "auto":
         return [Path(resume)] if resume else []
-    last = folder / LAST
+    last, good = folder / LAST, folder / GOOD
     return [
         *checkpoints_of_kind(folder, RECOVERY),
         *([last] if last.is_file() else []),
         *checkpoints_of_kind(folder, "checkpoint"),
+        *([good] if good.is_file() else []),
     ]
 
 
@@ -152,6 +154,24 @@ def refuse_other_run(folder: Path) -> None:
         raise UserError(f"{folder} holds a run already: add --resume {resume} to go on, or name another --experiment")
 
 
+def read_best(folder: Path) -> dict[str, Any]:
+    """Name, epoch and metrics of a run's best model, {} where there is none yet.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    path = folder / BEST
+    if not path.exists():
+        return {}
+    try:
+        best = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}; move it away to go on") from error
+    if not isinstance(best, dict) or type(best.get("epoch")) is not int:
+        raise UserError(f"{path} is damaged: wanted a mapping with an epoch, got {short(best)}; move it away to go on")
+    return best
+
+
 def refuse_going_back(path: Path, num_epochs: int) -> None:
     """Raise UserError where a run's best model is of an epoch that its checkpoint has still to train.
 
@@ -159,8 +179,8 @@ def refuse_going_back(path: Path, num_epochs: int) -> None:
         path: The checkpoint, in the folder of its run.
         num_epochs: Epochs that it holds.
     """
-    best = path.parent / BEST
-    if best.is_file() and (epoch := json.loads(best.read_text())["epoch"]) >= num_epochs:
+    best = read_best(path.parent)
+    if best and (epoch := best["epoch"]) >= num_epochs:
         raise UserError(
             f"--resume {path} goes back behind the best model of its run (epoch {epoch}): "
             "name a new --experiment to branch off from there"

@@ -1,5 +1,6 @@
 """Progress of a run on the terminal and in its log files."""
 
+import csv
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from semivim.runs.run_folder import RECORDS, SUMMARY
 from semivim.utils.files import atomic_path
 from semivim.utils.terminal import escape_lines
+from semivim.utils.user_error import UserError, one_line, short
 
 
 class RunLog:
@@ -52,7 +54,7 @@ class RunLog:
             self.records = [r for r in found if r["update"] <= first_update and r.get("epoch", -1) < first_epoch]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-            trim_summary(self.path.with_name(SUMMARY), first_epoch)
+            _trim_summary(self.path.with_name(SUMMARY), first_epoch)
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_updates, initial=first_update, dynamic_ncols=True, unit="step")
 
@@ -115,12 +117,29 @@ class RunLog:
             self.bar.close()
 
 
+def _trim_summary(path: Path, first_epoch: int) -> None:
+    try:
+        trim_summary(path, first_epoch)
+    except (ValueError, OverflowError, csv.Error) as error:  # of a row without an epoch, or of bytes that are no text
+        raise UserError(f"{path} is damaged: {one_line(error)}; move it away to go on") from error
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file, [] where there is none; a last line cut short by a kill is dropped."""
+    """Records of a JSON-lines file, [] where there is none; a last line cut short by a kill is dropped.
+
+    Raises:
+        UserError: If another line is damaged, or is no record of an update.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number} is damaged: {one_line(error)}; move it away to go on") from error
+        if not isinstance(record, dict) or type(record.get("update")) is not int:
+            raise UserError(f"{path}, line {number} is no record of an update: {short(record)}; move it away to go on")
+        records.append(record)
     return records

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 
 from semivim.utils.checksum import check_seal
 from semivim.utils.user_error import UserError, one_line
@@ -156,6 +157,18 @@ def _refuse_unbacked(content: Any, path: str | os.PathLike) -> None:
                 raise UserError(
                     f"{path} holds a tensor of shape {tuple(value.shape)} without a value for each number in it"
                 )
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, Any]:
+    """Read what :func:`check_weights_file` takes, tensors on the CPU.
+
+    Raises:
+        UserError: As there.
+    """
+    if Path(path).suffix != ".safetensors":
+        return load_untrusted(path)
+    check_weights_file(path)
+    return load(Path(path).read_bytes())
 
 
 def weights_shapes(path: str | os.PathLike) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ from timm.task import TrainingTask
 
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.progress import Progress
-from semivim.runs.run_folder import LAST
+from semivim.runs.run_folder import GOOD, LAST
 from semivim.utils.user_error import UserError
 
 
@@ -161,3 +161,13 @@ def test_weights_and_biases_gets_the_flags(tmp_path, monkeypatch):
     context = opened(find(tmp_path / "run"), log_wandb=True, wandb_project="p")
     with context:
         assert seen == [{"project": "p", "name": "run", "config": {"model": "m", "lr": 0.1}}]
+
+
+def test_run_that_saved_nothing_else_goes_on_from_its_good_copy(tmp_path):
+    """A full disk in the first epoch leaves no other, and its message says to continue with --resume auto."""
+    with opened(find(tmp_path / "run")):
+        pass
+    assert [file.name for file in (tmp_path / "run").glob("*.pth.tar")] == [GOOD]
+    found = find(tmp_path / "run", "auto")
+    assert (found.path.name, found.continues) == (GOOD, True)
+    assert len(train(tmp_path / "run", "auto", epochs=2).saver.checkpoint_files) == 2

@@ -32,9 +32,11 @@ def test_auto_takes_the_newest(tmp_path):
     assert find_checkpoints("", tmp_path) == []
     assert find_checkpoints("auto", tmp_path) == []
     assert find_checkpoints("x.pth.tar", tmp_path) == [Path("x.pth.tar")]
+    (tmp_path / "good.pth.tar").touch()  # before the first save it is all that there is
+    assert [path.name for path in find_checkpoints("auto", tmp_path)] == ["good.pth.tar"]
     for name in ("checkpoint-9", "checkpoint-10", "last", "model_best", "recovery_tmp", "checkpoint-x", "recovery-1-x"):
         (tmp_path / f"{name}.pth.tar").touch()
-    names = ["last.pth.tar", "checkpoint-10.pth.tar", "checkpoint-9.pth.tar"]
+    names = ["last.pth.tar", "checkpoint-10.pth.tar", "checkpoint-9.pth.tar", "good.pth.tar"]
     assert [path.name for path in find_checkpoints("auto", tmp_path)] == names
     for age, name in enumerate(("recovery-1-9", "recovery-1-10", "recovery-0-11")):  # a copy may have any age
         (tmp_path / f"{name}.pth.tar").touch()
