@@ -39,6 +39,7 @@ from semivim.data import (
     View,
     check_sources,
     complete_split,
+    describe_duplicates,
     join_sources,
     load_split,
     make_split,
@@ -293,7 +294,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         save_split(split, found.folder, source.names)
         loader.unreadable.update(progress.unreadable)  # rank 0 keeps the earlier counts of all
         log.say(f"{found.folder}: {title}, {device}")
-        log.say("\n".join(filter(None, [split.report(), describe_groups(counts)])))
+        notes = [split.report(), describe_groups(counts), describe_duplicates(source, val_source)]
+        log.say("\n".join(filter(None, notes)))
 
     # Train
     steps = loader.steps(progress.num_updates * accum)

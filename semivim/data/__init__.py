@@ -1,5 +1,6 @@
 """Images, label splits, views and mixing for semi-supervised training."""
 
+from semivim.data.duplicates import describe_duplicates
 from semivim.data.evaluation import EvaluationLoader, LabelledBatch
 from semivim.data.label_split import LabelSplit, complete_split, load_split, make_split, save_split
 from semivim.data.list_files import ListedImages, read_list, split_from_lists
@@ -36,6 +37,7 @@ __all__ = [
     "View",
     "check_sources",
     "complete_split",
+    "describe_duplicates",
     "join_sources",
     "load_split",
     "make_split",
