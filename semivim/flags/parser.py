@@ -12,6 +12,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from semivim.utils.files import load_yaml
+from semivim.utils.terminal import escape
 from semivim.utils.user_error import one_line, short
 
 
@@ -137,7 +138,7 @@ class Parser(argparse.ArgumentParser):
             flags = self._option_strings()
             suggestions = (_suggest(word.split("=")[0], flags) for word in message.removeprefix(prefix).split())
             message += next(filter(None, suggestions), "")
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {escape(message)}\n")
 
     def _option_strings(self) -> list[str]:
         """All flags, those of subcommands included."""

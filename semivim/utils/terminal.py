@@ -1,6 +1,11 @@
 """Text of others on the terminal: names of labels and files, and messages of libraries."""
 
+import logging
 import unicodedata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 _OBEYED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # controls, marks of direction, lone surrogates, line breaks
 
@@ -13,3 +18,25 @@ def escape(text: str) -> str:
 def escape_lines(text: str) -> str:
     """Escape each line of a text that has several of its own."""
     return "\n".join(map(escape, text.split("\n")))
+
+
+class _EscapedRecord(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802  logging's name
+        return escape(super().getMessage())
+
+
+@contextmanager
+def libraries_are_escaped() -> Iterator[None]:
+    """Escape, inside the block, the log records and warnings of all libraries: they quote names of files and labels."""
+    factory, formatter = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def escaped(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        return formatter(escape(str(message)), category, escape(filename), lineno, line)
+
+    logging.setLogRecordFactory(_EscapedRecord)
+    warnings.formatwarning = escaped
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = formatter

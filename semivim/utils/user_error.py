@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from semivim.utils.terminal import escape
+from semivim.utils.terminal import escape, escape_lines, libraries_are_escaped
 
 
 class UserError(ValueError):
@@ -23,22 +23,29 @@ class UserError(ValueError):
 def user_errors_end_the_program(prog: str, debug: bool = False) -> Iterator[None]:
     """End the process with one line and exit status 2 where the block raises a :class:`UserError` or fills the disk.
 
+    What libraries log or warn of inside the block is escaped.
+
     Args:
         prog: Name of the program, which the line starts with.
         debug: Print the traceback before the line.
     """
     try:
-        yield
+        with libraries_are_escaped():
+            yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         if debug:
-            traceback.print_exc()
+            _print_traceback()
         fail(prog, UserError(f"{error.filename or 'the output'}: the disk is full"))
     except UserError as error:
         if debug:
-            traceback.print_exc()
+            _print_traceback()
         fail(prog, error)
+
+
+def _print_traceback() -> None:
+    sys.stderr.write(escape_lines(traceback.format_exc()))
 
 
 def fail(prog: str, error: UserError) -> NoReturn:
