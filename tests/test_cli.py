@@ -134,7 +134,7 @@ def test_dry_run_prints_files_and_card(run_dir: Path, capsys: pytest.CaptureFixt
         (["predict", "RUN/no/such", "RUN", "--model", "local-dir:RUN", "--topk", "9"], "topk: wanted 1 to 5, got 9"),
         (["publish", "RUN", "--repo", "org/name", "--dry-run", "--tag", "bad tag~"], "got 'bad tag~'"),
         (["publish", "RUN", "--repo", "org/name", "--dry-run", "--license", "GPL 3"], "license: wanted an identifier"),
-        (["predict", "RUN/photo.png", "--model", "test_vmi", "--pretrained"], "nearest: "),
+        (["predict", "RUN/photo.png", "--model", "test_vmi", "--pretrained"], "did you mean "),
         (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "0"], "0 is not a whole number >= 1"),
         (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "9"], "topk: wanted 1 to 5, got 9"),
         (["predict", "x", "--model", "y", "--pretrained", "--checkpoint", "z"], "not allowed with argument"),

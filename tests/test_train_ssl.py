@@ -289,7 +289,7 @@ BAD = [
     (["--resume", "auto"], r"--resume auto: needs --experiment"),
     (["--labels-per-class", "1000"], r"1000"),
     (["--num-classes", "5"], r"num_classes is 5"),
-    (["--data-dir", "nowhere", "--labels-per-class", "1"], r"data_dir 'nowhere' does not exist"),
+    (["--data-dir", "nowhere", "--labels-per-class", "1"], r"--data-dir 'nowhere' does not exist"),
     (["--dataset", "wds/x", "--labels-per-class", "1"], r"wds/x"),
     (["--resume", "nowhere/last.pth.tar"], r"no checkpoint at nowhere/last\.pth\.tar"),
     (["--model", "vim_nonesuch"], r"vim_nonesuch"),

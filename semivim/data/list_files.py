@@ -18,7 +18,7 @@ import numpy as np
 
 from semivim.data.label_split import UNKNOWN, LabelSplit, complete_split
 from semivim.data.sources import ImageSource
-from semivim.utils.user_error import UserError
+from semivim.utils.user_error import UserError, did_you_mean_file
 
 
 class ListedImages(NamedTuple):
@@ -74,7 +74,7 @@ def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | 
             the root, or contradicts the source's label; the message names list and line.
     """
     if not os.path.isfile(path):
-        raise UserError(f"list {path!r} is not a file")
+        raise UserError(f"list {path!r} is not a file{did_you_mean_file(path)}")
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().split("\n")  # not splitlines(): a file name may hold other line separators
@@ -88,7 +88,7 @@ def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | 
         if position in seen:
             raise UserError(f"{where}: {source.describe(position)} is listed before, in line {seen[position]}")
         if not UNKNOWN <= label < num_classes:
-            raise UserError(f"{where}: label {label} is out of range for num_classes={num_classes}")
+            raise UserError(f"{where}: label {label} is out of range for --num-classes {num_classes}")
         known = source.labels[position]
         if UNKNOWN not in (label, known) and label != known:
             raise UserError(f"{where}: class {label}, but the data set has {source.describe(position)} as {known}")

@@ -23,7 +23,7 @@ from semivim.data.tar_files import index_tar
 from semivim.data.wds_shards import ShardReader, index_shards
 from semivim.utils.model_options import MAX_CLASSES
 from semivim.utils.pixels import DEFAULT_RULES, PixelRules, refuse_extreme_shape, to_8_bit, uses_little_of_its_range
-from semivim.utils.user_error import UserError
+from semivim.utils.user_error import UserError, did_you_mean_file
 
 _logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def open_source(
         raise UserError(f"dataset {dataset!r}, split {split!r}: no images in {data_dir!r}")
     if num_classes is not None and source.num_classes > num_classes:
         raise UserError(
-            f"num_classes is {num_classes}, but dataset {dataset!r} has {source.num_classes} classes (split {split!r})"
+            f"--num-classes is {num_classes}, but dataset {dataset!r}, split {split!r} has {source.num_classes} classes"
         )
     return source
 
@@ -200,12 +200,15 @@ def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, 
         )
     wanted = num_classes or source.num_classes
     if wanted == 0:
-        raise UserError("training images have no classes: wanted a folder for each, or num_classes and labelled lists")
+        raise UserError(
+            "training images have no classes: wanted a folder for each, or --num-classes and --labeled-list"
+        )
     for role, part in (("training", source), ("validation", val_source)):
         worst = int(part.labels.argmax())
         if part.labels[worst] >= wanted:
             raise UserError(
-                f"{role} label {part.labels[worst]} of {part.describe(worst)} is out of range for num_classes={wanted}"
+                f"{role} label {part.labels[worst]} of {part.describe(worst)} is out of range for "
+                f"--num-classes {wanted}"
             )
 
 
@@ -218,7 +221,7 @@ def open_unlabelled_folder(root: str) -> ImageSource:
         UserError: If the folder is missing or holds no image.
     """
     if not os.path.isdir(root):
-        raise UserError(f"unlabelled folder {root!r} is not a directory")
+        raise UserError(f"unlabelled folder {root!r} is not a directory{did_you_mean_file(root)}")
     names = find_image_files(root).names
     if not names:
         raise UserError(f"unlabelled folder {root!r} holds no image that Pillow reads")
@@ -344,7 +347,9 @@ def _split_folder(data_dir: str, split: str) -> str:
 def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **options: Any) -> ImageSource:
     needs_folder = kind != "hfds" and not (data_dir and options.get("download"))
     if needs_folder and not os.path.exists(data_dir or ""):
-        raise UserError(f"data_dir {data_dir!r} does not exist (dataset {dataset!r})")
+        raise UserError(
+            f"--data-dir {data_dir!r} does not exist (dataset {dataset!r}){did_you_mean_file(data_dir or '')}"
+        )
     if kind == "wds":
         read, labels, names = index_shards(data_dir or "", split, options.get("input_key"), options.get("target_key"))
         return ImageSource(read, labels, names=names, root=data_dir)
@@ -358,12 +363,12 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else []  # Hugging Face
     except _OPENING_ERRORS as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
-        raise UserError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {reason}") from error
+        raise UserError(f"dataset {dataset!r} in --data-dir {data_dir!r}, split {split!r}: {reason}") from error
     if reader is None:
         return _from_torchvision(dataset, opened, split)
     if targets and reader.dataset[0][reader.image_key] is None:  # datasets makes an empty column of an unknown name
         columns = ", ".join(reader.dataset.column_names)
-        raise UserError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (input_key) of {columns}")
+        raise UserError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (--input-key) of {columns}")
     labels, class_names = _classes(targets, reader.class_to_idx)
     return ImageSource(_TimmReader(reader), labels, class_names)
 
@@ -399,7 +404,7 @@ def _label(root: str, names: list[str], class_map: str) -> tuple[list[str], list
         try:
             class_to_idx = load_class_map(class_map, root)
         except _OPENING_ERRORS as error:
-            raise UserError(f"class_map {class_map!r}: {error}") from error
+            raise UserError(f"--class-map {class_map!r}: {error}") from error
         names = [name for name, folder in zip(names, folders, strict=True) if folder in class_to_idx]
         folders = [folder for folder in folders if folder in class_to_idx]
     else:
@@ -420,7 +425,7 @@ def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tup
     """
     for name, index in class_to_idx.items():
         if not isinstance(index, int) or index < 0:
-            raise UserError(f"class_map gives class {name!r} the label {index!r}, wanted a whole number")
+            raise UserError(f"--class-map gives class {name!r} the label {index!r}, wanted a whole number")
     indices = dict(class_to_idx)
     rootless = next((indices.pop(name) for name in ("", ".") if name in indices), None)
     labels = [UNKNOWN if label in (None, rootless) else label for label in targets]

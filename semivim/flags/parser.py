@@ -13,7 +13,7 @@ from timm.utils import ParseKwargs
 
 from semivim.utils.files import load_yaml
 from semivim.utils.terminal import escape
-from semivim.utils.user_error import one_line, short
+from semivim.utils.user_error import did_you_mean_file, one_line, short
 
 
 class Number:
@@ -163,7 +163,7 @@ class Parser(argparse.ArgumentParser):
         try:
             values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            self.error(f"--config {path}: {error.strerror}")
+            self.error(f"--config {path}: {error.strerror}{did_you_mean_file(path)}")
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.error(f"--config {path}: not YAML: {one_line(error)}")
         if not isinstance(values, dict):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 from semivim.utils.checksum import check_seal
-from semivim.utils.user_error import UserError, one_line
+from semivim.utils.user_error import UserError, did_you_mean_file, one_line
 
 
 @contextmanager
@@ -111,7 +111,8 @@ def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
     except UNREADABLE as error:
         # torch wraps what it found in the advice to load the file unrestricted
         inner = error.__context__ if isinstance(error, UnpicklingError) else None
-        raise UserError(f"{path} is not a readable torch file: {one_line(inner or error)}") from error
+        what = f"{path} is not a readable torch file: {one_line(inner or error)}"
+        raise UserError(f"{what}{did_you_mean_file(path)}") from error
     _refuse_unbacked(content, path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, wanted a dict of weights or of a training state")
@@ -191,4 +192,5 @@ def check_weights_file(path: str | os.PathLike) -> None:
         with safe_open(path, framework="pt") as file:
             file.keys()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
+        what = f"{path} is not a readable safetensors file: {one_line(error)}"
+        raise UserError(f"{what}{did_you_mean_file(path)}") from error

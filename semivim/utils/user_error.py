@@ -1,6 +1,8 @@
 """Mistakes that a user can mend: one line and exit status 2, where any other exception keeps its traceback."""
 
+import difflib
 import errno
+import os
 import re
 import reprlib
 import sys
@@ -73,3 +75,12 @@ def short(value: Any) -> str:
     bounded.maxlevel, bounded.maxstring, bounded.maxother = 3, 60, 60
     text = bounded.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def did_you_mean_file(path: str | os.PathLike) -> str:
+    """The file nearest to the name of one that is missing, as the end of an error; '' for a file that is there."""
+    folder, name = os.path.split(os.path.normpath(path))
+    if os.path.exists(path) or not os.path.isdir(folder or "."):
+        return ""
+    near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""

@@ -114,7 +114,7 @@ def test_list_that_is_no_text(source, tmp_path):
         (["/etc/passwd"], "line 1: '/etc/passwd' is outside the root"),
         (["n00/n00_9.png"], "line 1: 'n00/n00_9.png' is not an image below"),
         (["n00_7.png"], "'n00_7.png' is not an image below"),
-        (["n00/n00_1.png 3"], "line 1: label 3 is out of range for num_classes=3"),
+        (["n00/n00_1.png 3"], "line 1: label 3 is out of range for --num-classes 3"),
         (["n00/n00_1.png -2"], "line 1: label -2 is out of range"),
         (["n00/n00_1.png 1"], "line 1: class 1, but the data set has .*n00/n00_1.png as 0"),
         (["n00/n00_1.png 0", "n01/n01_1.png 1", "n00_1.png"], "line 3: .*n00_1.png is listed before, in line 1"),

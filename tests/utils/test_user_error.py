@@ -2,7 +2,16 @@ import errno
 
 import pytest
 
-from semivim.utils.user_error import UserError, one_line, short, user_errors_end_the_program, user_line
+from semivim.data import open_source, open_unlabelled_folder, read_list
+from semivim.utils.files import load_weights
+from semivim.utils.user_error import (
+    UserError,
+    did_you_mean_file,
+    one_line,
+    short,
+    user_errors_end_the_program,
+    user_line,
+)
 
 
 def end(error, capsys, debug=False):
@@ -63,3 +72,30 @@ def test_a_long_value_is_cut_short():
     for _ in range(40):
         bomb = [bomb] * 9  # 9 ** 41 items if they were written out
     assert len(short(bomb)) <= 60
+
+
+def test_the_nearest_file_is_named_for_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "labelled.csv").touch()
+    assert did_you_mean_file(tmp_path / "labeled.csv") == f"; did you mean {tmp_path}/labelled.csv?"
+    for path in (tmp_path / "labelled.csv", tmp_path / "zzz", tmp_path / "no" / "labelled.csv", ""):
+        assert did_you_mean_file(path) == ""
+    monkeypatch.chdir(tmp_path)
+    assert did_you_mean_file("labeled.csv") == "; did you mean labelled.csv?"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder: load_weights(folder / "wights.pth"),
+        lambda folder: load_weights(folder / "wights.safetensors"),
+        lambda folder: open_unlabelled_folder(str(folder / "haep")),
+        lambda folder: open_source("", str(folder / "haep")),
+        lambda folder: read_list(str(folder / "wights.txt"), None, 3),
+    ],
+)
+def test_readers_of_files_suggest_the_nearest(read, tmp_path):
+    for name in ("weights.pth", "weights.safetensors", "weights.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "heap").mkdir()
+    with pytest.raises(UserError, match=rf"; did you mean {tmp_path}/(weights\.\w+|heap)\?$"):
+        read(tmp_path)
