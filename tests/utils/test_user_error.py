@@ -86,11 +86,11 @@ def test_the_nearest_file_is_named_for_a_missing_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "read",
     [
-        lambda folder: load_weights(folder / "wights.pth"),
-        lambda folder: load_weights(folder / "wights.safetensors"),
+        lambda folder: load_weights(folder / "weights1.pth"),
+        lambda folder: load_weights(folder / "weights1.safetensors"),
         lambda folder: open_unlabelled_folder(str(folder / "haep")),
         lambda folder: open_source("", str(folder / "haep")),
-        lambda folder: read_list(str(folder / "wights.txt"), None, 3),
+        lambda folder: read_list(str(folder / "weights1.txt"), None, 3),
     ],
 )
 def test_readers_of_files_suggest_the_nearest(read, tmp_path):
