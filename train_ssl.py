@@ -31,12 +31,8 @@ from timm.utils import is_primary, random_seed, setup_default_logging
 import semivim  # noqa: F401  registers the models
 from semivim.data import (
     Batch,
-    EvaluationLoader,
     ImageSource,
-    ImageStream,
     LabelSplit,
-    StreamLoader,
-    View,
     check_sources,
     complete_split,
     describe_duplicates,
@@ -54,8 +50,9 @@ from semivim.flags.data_flags import (
     mixes,
     mixup_kwargs,
     source_kwargs,
-    view_kwargs,
 )
+from semivim.flags.imbalance_flags import add_imbalance_flags, rule_kwargs
+from semivim.flags.loaders import create_loaders
 from semivim.flags.model_flags import (
     add_device_flags,
     add_ema_flags,
@@ -71,10 +68,8 @@ from semivim.flags.ssl_flags import (
     complete_split_kwargs,
     make_split_kwargs,
     ssmixup_kwargs,
-    strong_view_kwargs,
     task_kwargs,
     teacher_kwargs,
-    weak_view_kwargs,
 )
 from semivim.flags.train_flags import (
     OPTIMIZER_OPTIONS,
@@ -83,7 +78,6 @@ from semivim.flags.train_flags import (
     add_schedule_flags,
     clip_kwargs,
     create_optimizer,
-    loader_kwargs,
 )
 from semivim.runs.checkpoint import better_model, save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
@@ -91,12 +85,20 @@ from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
 from semivim.runs.progress import Progress, sum_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
+from semivim.task.posthoc import debiased_copies, start_adjusted
+from semivim.task.pseudo_label_rule import PseudoLabelRule
 from semivim.task.semi_supervised import SemiSupervisedTask
-from semivim.task.ssl_figures import batch_figures, interval_means, pseudo_label_summary, teacher_figures
-from semivim.utils.metrics import describe_groups, evaluate
+from semivim.task.ssl_figures import (
+    batch_figures,
+    interval_means,
+    pseudo_label_figures,
+    pseudo_label_summary,
+    task_figures,
+)
+from semivim.utils.metrics import describe_groups, evaluate, shot_groups
 from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.stop_signal import StopSignal
-from semivim.utils.user_error import UserError, user_errors_end_the_program
+from semivim.utils.user_error import user_errors_end_the_program
 
 # What a resumed run may not change, with the flags that set it.
 FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio")} | {
@@ -140,6 +142,7 @@ def build_parser() -> Parser:
     add_ema_flags(parser)
     add_misc_flags(parser)
     add_semi_supervised_flags(parser)
+    add_imbalance_flags(parser)
     return parser
 
 
@@ -182,33 +185,6 @@ def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[Imag
     return source, val_source, make_split(source.labels, num_classes, **make_split_kwargs(args))
 
 
-def create_loaders(
-    args: argparse.Namespace,
-    source: ImageSource,
-    val_source: ImageSource,
-    split: LabelSplit,
-    data_config: dict[str, Any],
-    num_unlabelled: int,
-    device: torch.device,
-) -> tuple[StreamLoader, EvaluationLoader]:
-    """Training batches, with ``num_unlabelled`` images in a weak and a strong view if not 0, and evaluation batches."""
-    if num_unlabelled and not len(split.unlabelled):
-        raise UserError(
-            f"no unlabelled image is left: all {len(split.labelled)} are labelled; label fewer, add unlabelled "
-            f"ones (--unlabeled-dir, --unlabeled-include-labeled) or train with --ssl-method supervised"
-        )
-    view = partial(View, data_config["input_size"], data_config["mean"], data_config["std"])
-    ranks = {"rank": args.rank, "world_size": args.world_size}
-    stream = partial(ImageStream, source, labels=split.labels, seed=args.seed, **ranks)
-    streams = [stream(split.labelled, [view(**view_kwargs(args))], args.batch_size)]
-    if num_unlabelled:
-        weak, strong = view(**weak_view_kwargs(args)), view(**strong_view_kwargs(args))
-        streams.append(stream(split.unlabelled, [weak, strong], num_unlabelled, stream=1))
-    eval_view = view(is_training=False, **{k: data_config[k] for k in ("interpolation", "crop_pct", "crop_mode")})
-    eval_size, loading = args.validation_batch_size or args.batch_size, loader_kwargs(args, device)
-    return StreamLoader(streams, **loading), EvaluationLoader(val_source, eval_view, eval_size, **loading, **ranks)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train; returns what metrics.json holds."""
     args = parse_args(argv)
@@ -236,7 +212,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     model = create_model(args, num_classes, **ssmixup_kwargs(args)).to(device)
     data_config = resolve_preprocessing(model, f"--model {args.model}", vars(args))
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
-    loader, eval_loader = create_loaders(args, source, val_source, split, data_config, ratio * args.batch_size, device)
+    loader, eval_loader, sample = create_loaders(
+        args, source, val_source, split, data_config, ratio * args.batch_size, device
+    )
     mixup = Mixup(**mixup_kwargs(args), num_classes=num_classes) if mixes(args) else None
 
     # Optimizer, schedule; an epoch is one pass over the unlabelled images, whatever the method
@@ -253,7 +231,12 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
 
     # Task and teacher
     progress = Progress()
-    task = SemiSupervisedTask(model, num_classes, **task_kwargs(args), progress=progress, device=device)
+    rule = PseudoLabelRule(
+        num_classes, split.labels_per_class.tolist(), **rule_kwargs(args, epochs * epoch_updates), device=device
+    )
+    if args.logit_adjust_tau:
+        start_adjusted(model, args.initial_checkpoint, rule.labelled_prior, args.logit_adjust_tau)
+    task = SemiSupervisedTask(model, num_classes, rule=rule, **task_kwargs(args), progress=progress, device=device)
     task.setup_ema(**teacher_kwargs(args))
 
     # Resume
@@ -311,18 +294,24 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         result = task(image, label, weak, strong, progress.ramp(ramp_steps))
         return result["loss"], batch_figures(result, hidden_label)
 
-    def measure() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        models = task.get_eval_model(), task.get_eval_model(ema=True)
-        student, teacher = (
-            evaluate(m, eval_loader, num_classes, device, autocast, train_counts=counts) for m in models
-        )
-        return student, teacher, better_model({"teacher": teacher, "student": student}, args.eval_metric)
+    means = partial(interval_means, groups=shot_groups(counts), labelled_prior=rule.labelled_prior)
+
+    def measure() -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        copies = debiased_copies(models, args.posthoc_debias, args.posthoc_tau, rule.labelled_prior, sample, autocast)
+        models.update(copies)  # where there are any, one of them is saved
+        evaluated = {"student": task.get_eval_model(), "teacher": task.get_eval_model(ema=True)} | copies
+        metrics = {
+            name: evaluate(m, eval_loader, num_classes, device, autocast, train_counts=counts)
+            for name, m in evaluated.items()
+        }
+        candidates = reversed(copies or metrics)  # of equals the teacher
+        return metrics, better_model({name: metrics[name] for name in candidates}, args.eval_metric)
 
     if args.sched_on_updates:
         scheduler.step_update(progress.num_updates)
     elif progress.num_epochs:  # plateau would take epoch 0 for warm-up
         scheduler.step(progress.num_epochs)
-    student, teacher, better = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    measured, better = dict[str, dict[str, Any]](), dict[str, Any]()
     for epoch in range(progress.num_epochs, epochs):
         task.train()
         if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
@@ -335,12 +324,13 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             run.step_done(step.taken, progress.num_updates)
             progress.add(step.figures)
             if step.taken:
+                task.commit(step.figures)
                 task.update_ema(step=progress.num_updates)
             if args.sched_on_updates:
                 scheduler.step_update(progress.num_updates)
             log.step((1 + ratio) * per_update)
             if progress.num_updates % args.log_interval == 0:
-                log.record({"lr": mean_lr(optimizer), **interval_means(progress.interval), **teacher_figures(task)})
+                log.record({"lr": mean_lr(optimizer), **means(progress.interval), **task_figures(task)})
                 progress.interval = {}
             if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
                 progress.unreadable = sum_over_ranks(loader.unreadable)
@@ -350,43 +340,43 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 run.stop(progress, signal_number)
 
         progress.unreadable = sum_over_ranks(loader.unreadable)
-        student, teacher, better = {}, {}, {}
+        measured, better = {}, {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
-            student, teacher, better = measure()
-            log.record({"epoch": epoch, "student_top1": student["top1"], "teacher_top1": teacher["top1"]})
+            measured, better = measure()
+            top1 = {f"{name}_top1": metrics["top1"] for name, metrics in measured.items()}
+            log.record({"epoch": epoch, **top1, "pseudo_labels": pseudo_label_figures(progress.epoch)})
         log.say_once(pseudo_label_summary(progress.epoch, source.class_names).get("fault"))
-        means = interval_means(progress.epoch) | teacher_figures(task)
+        epoch_means = means(progress.epoch) | task_figures(task)
+        student, teacher = measured.get("student", {}), measured.get("teacher", {})
         scheduler.step(epoch + 1, better.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
-        log.epoch(epoch, means, {"student_top1": student.get("top1"), **teacher}, mean_lr(optimizer))
+        log.epoch(epoch, epoch_means, {"student_top1": student.get("top1"), **teacher}, mean_lr(optimizer))
         if run.saver and run.saver.save_epoch(epoch, better, args.eval_metric):
             log.say(
                 f"best so far: {better['model']} of epoch {epoch}, {args.eval_metric} {better[args.eval_metric]:.2f}"
             )
-    if not teacher:  # resumed at its end
-        student, teacher, better = measure()
+    if not measured:  # resumed at its end
+        measured, better = measure()
 
     # Report
     results = {
-        "student": student,
-        "teacher": teacher,
+        **measured,
         "best": run.saver.read_best(progress.num_epochs - 1, better) if run.saver else {},
         "class_names": source.class_names,
         "split": {"sha256": split.sha256, "labels_per_class": split.labels_per_class.tolist()}
         | {"num_labelled": len(split.labelled), "num_unlabelled": len(split.unlabelled)},
-        "pseudo_labels": pseudo_label_summary(progress.run, source.class_names),
+        "pseudo_labels": pseudo_label_summary(progress.run, source.class_names)
+        | next((r["pseudo_labels"] for r in reversed(log.records) if "pseudo_labels" in r), {}),
         "unreadable_images": {source.describe(i): n for i, n in progress.unreadable.items()},
         "updates": progress.num_updates,
         "seconds": time.perf_counter() - log.start_s,
     }
     if run.saver:
         write_report(found.folder, results, log.records, PANELS, f"{title}, {len(split.labelled)} labels")
-        log.say(results_table({"student": student, "teacher": teacher}, results["pseudo_labels"]))
-        best, last = (
-            results["best"],
-            f"student {student[args.eval_metric]:.2f}, teacher {teacher[args.eval_metric]:.2f}",
-        )
+        log.say(results_table(measured, results["pseudo_labels"]))
+        best = results["best"]
+        last = ", ".join(f"{name} {metrics[args.eval_metric]:.2f}" for name, metrics in measured.items())
         log.say(f"{args.eval_metric}: {last} (last epoch), best {best[args.eval_metric]:.2f}")
         log.say(f"{found.folder}: {WEIGHTS} (best: {best['model']} of epoch {best['epoch']}), {METRICS}, {CURVES}")
     return results

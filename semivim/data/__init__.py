@@ -1,7 +1,7 @@
 """Images, label splits, views and mixing for semi-supervised training."""
 
 from semivim.data.duplicates import describe_duplicates
-from semivim.data.evaluation import EvaluationLoader, LabelledBatch
+from semivim.data.evaluation import EvaluationLoader, LabelledBatch, sample_images
 from semivim.data.label_split import LabelSplit, complete_split, load_split, make_split, save_split
 from semivim.data.list_files import ListedImages, read_list, split_from_lists
 from semivim.data.sources import (
@@ -49,6 +49,7 @@ __all__ = [
     "open_unlabelled_folder",
     "pair_retained",
     "read_list",
+    "sample_images",
     "save_split",
     "split_from_lists",
 ]

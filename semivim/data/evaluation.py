@@ -1,6 +1,8 @@
-"""Evaluation batches: every image with its label, once."""
+"""Evaluation batches: every image with its label, once; and a sample of images without labels."""
 
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from semivim.data.prefetch import prefetch
 from semivim.data.sources import ImageSource
+from semivim.data.streams import ImageStream, StreamLoader
 from semivim.data.views import Pixels, View
 from semivim.utils.stop_signal import leave_signals_to_the_parent
 from semivim.utils.user_error import UserError
@@ -88,6 +91,41 @@ class EvaluationLoader:
     def _move(self, drawn: tuple[Pixels, Tensor]) -> LabelledBatch:
         pixels, label = drawn
         return LabelledBatch(self.view.load(pixels, self.device), label.to(self.device, non_blocking=True))
+
+
+def sample_images(
+    source: ImageSource,
+    positions: np.ndarray,
+    view: View,
+    batch_size: int,
+    num_images: int,
+    *,
+    seed: int = 42,
+    rank: int = 0,
+    world_size: int = 1,
+    **loading: Any,
+) -> Iterator[Tensor]:
+    """Yield a random sample of images, without labels, in batches on the device; the same ones at each call.
+
+    Args:
+        source: Images.
+        positions: Those to draw from; unreadable ones are replaced by others.
+        view: A view with ``is_training=False``.
+        batch_size: Images of one batch.
+        num_images: Images of the sample, over all ranks; whole batches, so at least so many.
+        seed: Seed of the draw.
+        rank: This process.
+        world_size: Number of processes, each of which gets as many batches.
+        **loading: ``device``, ``num_workers`` and ``pin_memory`` of ``StreamLoader``.
+
+    Yields:
+        ``(b, c, h, w)``, float32.
+    """
+    stream = ImageStream(source, positions, [view], batch_size, seed=seed, stream=2, rank=rank, world_size=world_size)
+    num_batches = -(-num_images // (batch_size * world_size))
+    with closing(StreamLoader([stream], **loading).steps()) as steps:
+        for (batch,) in islice(steps, num_batches):
+            yield batch.views[0]
 
 
 def _already_collated(batch: Any) -> tuple[Pixels, Tensor]:

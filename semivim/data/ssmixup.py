@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class MixedBatch(NamedTuple):
-    """Images mixed in pairs, with the targets and the confidence that belong to them."""
+    """Images mixed in pairs, with their targets and the row of each one's partner."""
 
     images: Tensor  # (b, c, h, w)
     targets: Tensor  # (b, k), rows sum to 1
-    confidence: Tensor  # (b,), what the threshold is applied to
+    partner: Tensor  # (b,), int64
 
 
 def pair_retained(keep: Tensor) -> Tensor:
@@ -71,23 +71,26 @@ def mix_inputs(images: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
 
 
 def mix_targets(pseudo: Tensor, partner: Tensor, weight: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """y_mix = psi y_i + (1 - psi) y_j, of one-hot pseudo-labels, detached.
+    """y_mix = psi y_i + (1 - psi) y_j, of one-hot or soft pseudo-labels, detached.
 
     Args:
-        pseudo: Pseudo-labels, ``(b,)``, int64, in [0, num_classes).
+        pseudo: Pseudo-labels, ``(b,)``, int64, in [0, num_classes), or class probabilities ``(b, k)``.
         partner: Row of y_j for each y_i, ``(b,)``, int64.
         weight: psi, ``(b,)``.
         num_classes: k.
-        smoothing: Share of each one-hot target spread evenly over all classes, in [0, 1).
+        smoothing: Share of each target spread evenly over all classes, in [0, 1).
 
     Returns:
         ``(b, k)``, float32, rows sum to 1.
     Source: Semi-ViM Eq. (13), right; smoothing as in timm's Mixup.
     """
-    one_hot = torch.zeros(pseudo.shape[0], num_classes, device=pseudo.device).scatter_(1, pseudo.view(-1, 1), 1.0)
-    one_hot = one_hot * (1 - smoothing) + smoothing / num_classes
+    if pseudo.ndim == 2:
+        target = pseudo.detach().float()
+    else:
+        target = torch.zeros(pseudo.shape[0], num_classes, device=pseudo.device).scatter_(1, pseudo.view(-1, 1), 1.0)
+    target = target * (1 - smoothing) + smoothing / num_classes
     psi = weight.detach().float().view(-1, 1)
-    return psi * one_hot + (1 - psi) * one_hot[partner]
+    return psi * target + (1 - psi) * target[partner]
 
 
 def cutmix_boxes(weight: Tensor, height_px: int, width_px: int) -> tuple[Tensor, Tensor]:
@@ -126,16 +129,15 @@ def mix_probabilistic(
 ) -> MixedBatch:
     """Mix each image with a random partner, by a box or pixel by pixel, in the ratio of their confidences.
 
-    The partner comes from a random permutation of the whole batch, confident or not; a mixed image counts as confident
-    as the better of its two parts.
+    The partner comes from a random permutation of the whole batch, confident or not.
 
     Args:
         images: ``(b, c, h, w)``.
-        pseudo: Pseudo-labels, ``(b,)``, int64, in [0, num_classes).
+        pseudo: Pseudo-labels, ``(b,)``, int64, in [0, num_classes), or class probabilities ``(b, k)``.
         confidence: o, ``(b,)``, in (0, 1].
         num_classes: k.
         switch_prob: Probability, for each image, of a box (CutMix) instead of a blend (Mixup).
-        smoothing: Share of each one-hot target spread evenly over all classes, in [0, 1).
+        smoothing: Share of each target spread evenly over all classes, in [0, 1).
 
     Returns:
         The mixed batch; targets follow the share of the clipped box where a box was cut.
@@ -152,5 +154,5 @@ def mix_probabilistic(
     return MixedBatch(
         images=torch.where(by_box.view(-1, 1, 1, 1), pasted, blended),
         targets=mix_targets(pseudo, partner, weight, num_classes, smoothing),
-        confidence=torch.maximum(confidence, confidence[partner]).detach().float(),
+        partner=partner,
     )

@@ -164,11 +164,10 @@ def ssmixup_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def task_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of ``SemiSupervisedTask`` beside the model and its classes."""
+    """Arguments of ``SemiSupervisedTask`` beside the model, its classes and the rule of its pseudo-labels."""
     return {
         "method": args.ssl_method,
         "pseudo_mixup": args.pseudo_mixup,
-        "threshold": args.threshold,
         "unlabelled_weight": args.unlabeled_weight,
         "smoothing": args.smoothing,
         "ssmixup_nu": args.ssmixup_nu,

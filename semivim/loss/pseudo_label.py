@@ -53,8 +53,8 @@ def unlabelled_loss(logits: Tensor, target: Tensor, keep: Tensor) -> Tensor:
 
     Args:
         logits: Student's prediction on the strong or mixed view, ``(b, k)``.
-        target: Pseudo-labels ``(b,)``, or mixed soft pseudo-labels ``(b, k)``.
-        keep: ``(b,)`` bool.
+        target: Pseudo-labels ``(b,)``, or soft or mixed ones ``(b, k)``.
+        keep: ``(b,)`` bool, or the weight of each row in [0, 1].
 
     Returns:
         Scalar float32; zero, with zero gradient, where nothing is kept.
@@ -63,4 +63,4 @@ def unlabelled_loss(logits: Tensor, target: Tensor, keep: Tensor) -> Tensor:
     """
     loss = F.cross_entropy(logits.float(), target, reduction="none")
     # where, not a product: a row that is not kept may hold inf, and 0 * inf is NaN
-    return torch.where(keep, loss, 0.0).mean()
+    return torch.where(keep > 0, keep * loss, 0.0).mean()

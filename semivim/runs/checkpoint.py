@@ -37,6 +37,7 @@ from semivim.utils.files import atomic_path, flush, full_disk_is_one_line, load_
 from semivim.utils.pixels import PixelRules
 from semivim.utils.user_error import UserError, one_line
 
+ADJUSTMENT = "logit_adjustment"  # attribute of a model, and key of config.json: prior removed from its head
 RUN_LAYOUT = 3  # of checkpoints; 1 had the run's position among the task's losses, 2 no sums of the whole run
 
 
@@ -318,6 +319,8 @@ def save_model(
         rules: How pixels became 8 bits; left out if None.
     """
     config: dict[str, Any] = {} if rules is None else {PIXELS: rules._asdict()}
+    if adjusted := getattr(model, ADJUSTMENT, None):
+        config[ADJUSTMENT] = adjusted
     if label_names and len(label_names) == model.num_classes:
         config["label_names"] = list(label_names)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:

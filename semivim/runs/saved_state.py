@@ -69,13 +69,15 @@ def _check_weights(saved: Any, model: nn.Module | None, what: str) -> None:
 
 
 def _check_like(saved: Any, wanted: Mapping[str, Any], what: str) -> None:
-    """Compare keys of nested mappings, and the types of numbers and containers; None was not known yet."""
+    """Compare keys of nested mappings, types of numbers and containers, shapes of tensors; None was not known yet."""
     _check_keys(saved, wanted, what)
     for name, value in wanted.items():
         if isinstance(value, Mapping) and value:
             _check_like(saved[name], value, f"{what}: {name}")
         elif isinstance(value, Mapping | list) and not isinstance(saved[name], type(value)):
             raise UserError(f"{what}: {name} is {short(saved[name])}, wanted a {type(value).__name__}")
+        elif isinstance(value, Tensor) and getattr(saved[name], "shape", None) != value.shape:
+            raise UserError(f"{what}: {name} is {short(saved[name])}, wanted a tensor of shape {tuple(value.shape)}")
         elif isinstance(value, int | float) and not isinstance(saved[name], int | float):
             raise UserError(f"{what}: {name} is {short(saved[name])}, wanted a number")
 

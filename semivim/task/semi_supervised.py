@@ -1,5 +1,6 @@
 """The semi-supervised training step of Semi-ViM as a timm training task (Semi-ViM section 4.3)."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from semivim.data.ssmixup import mix_inputs, mix_probabilistic, mix_targets, mixing_weight, pair_retained
-from semivim.loss.pseudo_label import confidence_and_pseudo, keep_mask, labelled_loss, unlabelled_loss
+from semivim.loss.pseudo_label import labelled_loss, unlabelled_loss
 from semivim.runs.progress import Progress
+from semivim.task.pseudo_label_rule import PseudoLabelRule, PseudoLabels
 from semivim.utils.lyap_ema import LyapEmaV3
 from semivim.utils.lyapunov import LyapStats
 from semivim.utils.user_error import UserError, short
@@ -34,7 +36,8 @@ class SemiSupervisedTask(TrainingTask):
         method: One of ``METHODS``.
         pseudo_mixup: What replaces the strong view: ``none`` keeps it, ``prob`` mixes pairs of images (Semi-ViT's
             probabilistic pseudo mixup), ``ss`` mixes pairs of images and hidden states (SSMixup).
-        threshold: Confidence ``tau`` above which a pseudo-label trains, in [0, 1).
+        rule: Makes pseudo-labels of weak views, and adjusts logits by the priors of the classes; None for a fixed
+            threshold of 0.7 and no adjustment.
         unlabelled_weight: ``mu``, not negative.
         smoothing: Label smoothing, in [0, 1), of labelled class indices and of ``prob``'s mixed targets.
         ssmixup_nu: Control coefficient ``nu`` of the hidden-state mix.
@@ -59,7 +62,7 @@ class SemiSupervisedTask(TrainingTask):
         *,
         method: str = "lyapema",
         pseudo_mixup: str = "none",
-        threshold: float = 0.7,
+        rule: PseudoLabelRule | None = None,
         unlabelled_weight: float = 1.0,
         smoothing: float = 0.0,
         ssmixup_nu: float = 0.1,
@@ -72,15 +75,13 @@ class SemiSupervisedTask(TrainingTask):
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         if pseudo_mixup not in PSEUDO_MIXUPS:
             raise ValueError(f"pseudo_mixup {pseudo_mixup!r} is not one of {', '.join(PSEUDO_MIXUPS)}")
-        if not 0.0 <= threshold < 1.0:
-            raise ValueError(f"threshold is {threshold}, wanted a confidence in [0, 1)")
         if unlabelled_weight < 0.0:
             raise ValueError(f"unlabelled_weight is {unlabelled_weight}, wanted 0 or more")
         self.trainable_module = model
         self.num_classes = num_classes
         self.method = method
         self.pseudo_mixup = pseudo_mixup
-        self.threshold = threshold
+        self.rule = rule or PseudoLabelRule(num_classes, device=device)
         self.unlabelled_weight = unlabelled_weight
         self.smoothing = smoothing
         self.ssmixup_nu = ssmixup_nu
@@ -108,74 +109,70 @@ class SemiSupervisedTask(TrainingTask):
 
         Returns:
             ``loss`` with gradient; without gradient ``output`` (labelled logits), ``loss_labelled``,
-            ``loss_unlabelled``, and for the unlabelled rows ``confidence``, ``pseudo`` and ``keep`` before mixing.
+            ``loss_unlabelled``, for the unlabelled rows ``confidence``, ``pseudo`` and ``keep`` before mixing, and the
+            sums that :meth:`commit` takes.
         """
         if self.method == "supervised":
             output = self.trainable_module(input)
-            loss = labelled_loss(output, target, self.smoothing)  # Eq. (20)
+            loss = labelled_loss(self.rule.labelled_logits(output), target, self.smoothing)  # Eq. (20)
             return {"loss": loss, "output": output.detach(), "loss_labelled": loss.detach()}
         if weak is None or strong is None:
             raise ValueError(f"method '{self.method}' needs weak and strong views of unlabelled images, got None")
 
-        confidence, pseudo = self.pseudo_label(weak)  # Eq. (17), (18)
-        keep = keep_mask(confidence, self.threshold)  # the indicator of Eq. (21)
-        views, soft_target, mixed_keep, readout = self.mix(strong, pseudo, confidence, keep, len(input), ssmixup_ramp)
+        labels = self.pseudo_label(weak)  # Eq. (17), (18) and the indicator of Eq. (21)
+        views, mixed_target, mixed_keep, readout = self.mix(strong, labels, len(input), ssmixup_ramp)
 
         # One forward for both branches: one DDP reduction, and no second pass through the layers' weights.
         logits = self.trainable_module(torch.cat([input, views]), **readout)
         output, unlabelled = logits.split([len(input), len(views)])
 
-        supervised = labelled_loss(output, target, self.smoothing)  # Eq. (20)
-        unsupervised = unlabelled_loss(unlabelled, soft_target, mixed_keep)  # Eq. (21)
+        supervised = labelled_loss(self.rule.labelled_logits(output), target, self.smoothing)  # Eq. (20)
+        unsupervised = unlabelled_loss(self.rule.unlabelled_logits(unlabelled), mixed_target, mixed_keep)  # Eq. (21)
         loss = supervised + self.unlabelled_weight * unsupervised  # Eq. (19)
         return {
             "loss": loss,
             "output": output.detach(),
             "loss_labelled": supervised.detach(),
             "loss_unlabelled": unsupervised.detach(),
-            "confidence": confidence,
-            "pseudo": pseudo,
-            "keep": keep,
+            "confidence": labels.confidence,
+            "pseudo": labels.pseudo,
+            "keep": labels.keep,
+            **labels.sums,
         }
 
     @torch.no_grad()
-    def pseudo_label(self, weak: Tensor) -> tuple[Tensor, Tensor]:
-        """Confidence and pseudo-label of the weak views, from the student (FixMatch) or the teacher (Eq. 17, 18)."""
+    def pseudo_label(self, weak: Tensor) -> PseudoLabels:
+        """Pseudo-labels of the weak views, from the student (FixMatch) or the teacher (Eq. 17, 18)."""
         if self.method == "fixmatch":
-            return confidence_and_pseudo(unwrap_model(self.trainable_module)(weak))
+            return self.rule(unwrap_model(self.trainable_module)(weak))
         teacher = self.get_eval_model(ema=True)
         if teacher is None:
             raise ValueError(f"method '{self.method}' needs a teacher: call setup_ema() first")
-        return confidence_and_pseudo(teacher(weak))
+        return self.rule(teacher(weak))
 
     def mix(
-        self,
-        strong: Tensor,
-        pseudo: Tensor,
-        confidence: Tensor,
-        keep: Tensor,
-        num_labelled: int,
-        ssmixup_ramp: float = 1.0,
+        self, strong: Tensor, labels: PseudoLabels, num_labelled: int, ssmixup_ramp: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Views, targets and kept rows that train, and the read-out arguments of the student.
 
         The mixed term replaces the plain one (Eq. 19 has one unlabelled term). Labelled rows get ``nu = 0``: they
         take the unmixed path of the same forward.
         """
+        target, confidence, keep = labels.target, labels.confidence, labels.keep
         if self.pseudo_mixup == "none":
-            return strong, pseudo, keep, {}
+            return strong, target, keep, {}
         if self.pseudo_mixup == "prob":
-            mixed = mix_probabilistic(strong, pseudo, confidence, self.num_classes, smoothing=self.smoothing)
-            return mixed.images, mixed.targets, keep_mask(mixed.confidence, self.threshold), {}
-        partner = pair_retained(keep)
+            mixed = mix_probabilistic(strong, target, confidence, self.num_classes, smoothing=self.smoothing)
+            return mixed.images, mixed.targets, torch.maximum(keep, keep[mixed.partner]), {}
+        partner = pair_retained(keep > 0)
         psi = mixing_weight(confidence, confidence[partner])  # Eq. (12)
         views = mix_inputs(strong, partner, psi)  # Eq. (13)
-        soft_target = mix_targets(pseudo, partner, psi, self.num_classes)  # Eq. (13)
+        mixed_target = mix_targets(target, partner, psi, self.num_classes)  # Eq. (13)
         readout = {  # Eq. (15), (16): the blocks mix psi * h_fwd + (1 - psi) * h_bwd, read with weight nu
             "psi": torch.cat([psi.new_full((num_labelled,), 0.5), psi]),
             "nu": torch.cat([psi.new_zeros(num_labelled), torch.full_like(psi, ssmixup_ramp * self.ssmixup_nu)]),
         }
-        return views, soft_target, keep, readout
+        return views, mixed_target, keep, readout
 
     def setup_ema(  # type: ignore[override]
         self,
@@ -204,6 +201,11 @@ class SemiSupervisedTask(TrainingTask):
         self.lyap_stats = stats if isinstance(stats, LyapStats) else None
         self.alpha = stats.alpha if isinstance(stats, LyapStats) else self.trainable_module_ema.get_decay(step)
 
+    def commit(self, sums: Mapping[str, Tensor]) -> None:
+        """Move the running means of the pseudo-labels after an optimizer step that was taken (see the rule's)."""
+        if self.method != "supervised":
+            self.rule.commit(sums)
+
     def train(self, mode: bool = True) -> "SemiSupervisedTask":
         """Set the student's mode; the teacher stays in eval mode."""
         super().train(mode)
@@ -227,12 +229,13 @@ class SemiSupervisedTask(TrainingTask):
 
     # ARG002: timm passes its hooks more than this task reads
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        """The run's progress and the teacher's last update; of the teacher (``ema``) its Lyapunov scalars."""
+        """The run's progress, the teacher's last update, running means; of the teacher (``ema``) Lyapunov scalars."""
         if ema:
             average = self.trainable_module_ema
             return average.lyap_state_dict() if isinstance(average, LyapEmaV3) else {}
         stats = self.lyap_stats._asdict() if self.lyap_stats else None
-        return {"progress": self.progress.state_dict(), "alpha": self.alpha, "lyap_stats": stats}
+        state = {"progress": self.progress.state_dict(), "alpha": self.alpha, "lyap_stats": stats}
+        return state | ({"pseudo_labels": dict(self.rule.state)} if self.rule.state else {})
 
     def load_task_state(
         self,
@@ -248,6 +251,7 @@ class SemiSupervisedTask(TrainingTask):
             cast(LyapEmaV3, self.trainable_module_ema).load_lyap_state_dict(state)
         else:
             self.progress.load_state_dict(state["progress"])
+            self.rule.load_state(state.get("pseudo_labels", {}))
             self.alpha = state["alpha"]
             stats = state["lyap_stats"]
             if stats and set(stats) != set(LyapStats._fields):

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from semivim.loss.class_prior import histogram_entropy, prior_divergence
+from semivim.task.pseudo_label_rule import SUMS
 from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.utils.lyap_ema import LyapEmaV3
 
-KEPT_CLASSES = "kept_classes"
 LOSSES = ("loss_labelled", "loss_unlabelled")
 
 
@@ -21,36 +21,60 @@ def batch_figures(result: Mapping[str, Tensor], label: Tensor | None) -> dict[st
         label: True class of each unlabelled image, ``(mu_b,)``, -1 where unknown; None without unlabelled images.
 
     Returns:
-        The losses, the numbers of ``unlabelled`` images and of those ``kept``, and of the kept ones whose class is
-        ``known`` and whose pseudo-label is ``right``; 0-d, on the device of the result. ``kept_classes``, ``(c,)``,
-        are the kept ones of each pseudo-label.
+        0-d the losses and the sums of the rule. For each class, ``(k,)``: the ``kept`` images by pseudo-label; and of
+        the images whose class is known, all by true class (``known``), the kept ones by true class (``known_kept``) and
+        by pseudo-label (``known_pseudo``), and those whose pseudo-label is ``right``. A kept image counts with its
+        weight. On the device of the result.
     """
-    figures = {name: result[name] for name in LOSSES if name in result}
+    figures = {name: result[name] for name in (*LOSSES, *SUMS) if name in result}
     if "keep" in result and label is not None:
-        known = result["keep"] & (label >= 0)
-        figures["unlabelled"] = torch.tensor(float(len(label)))
-        figures["kept"] = result["keep"].sum().float()
-        figures["known"] = known.sum().float()
-        kept_classes = torch.zeros(result["output"].shape[-1], device=result["keep"].device)
-        figures[KEPT_CLASSES] = kept_classes.scatter_add_(0, result["pseudo"], result["keep"].float())
-        figures["right"] = (known & (result["pseudo"] == label)).sum().float()
+        num_classes = result["output"].shape[-1]
+        keep, pseudo = result["keep"].float(), result["pseudo"]
+        known = (label >= 0).float()
+        true = label.clamp(min=0)
+
+        def by_class(index: Tensor, weight: Tensor) -> Tensor:
+            return weight.new_zeros(num_classes).index_add_(0, index, weight)
+
+        figures["kept"] = by_class(pseudo, keep)
+        figures["known"] = by_class(true, known)
+        figures["known_kept"] = by_class(true, known * keep)
+        figures["known_pseudo"] = by_class(pseudo, known * keep)
+        figures["right"] = by_class(true, known * keep * (pseudo == label))
     return figures
 
 
-def interval_means(sums: Mapping[str, Tensor]) -> dict[str, float]:
+def interval_means(
+    sums: Mapping[str, Tensor],
+    groups: Mapping[str, Sequence[int]] | None = None,
+    labelled_prior: Tensor | None = None,
+) -> dict[str, float]:
     """Means of an interval, and the number of its skipped steps.
 
     Args:
         sums: Sums of :func:`batch_figures`, with ``batches`` and ``skipped`` of ``optimizer_step``.
+        groups: Classes of each group, whose kept shares are told apart (see ``shot_groups``).
+        labelled_prior: Shares of the classes among the labels, ``(k,)``.
+
+    Returns:
+        The mean losses; ``kept_share``, and of each group, by true class; ``pseudo_accuracy`` of the kept images;
+        ``pseudo_entropy`` of the kept pseudo-labels' histogram, in nats; ``prior_kl``, the divergence of the mean
+        prediction on weak views from the labelled prior, in nats.
     """
-    total = {key: value.item() for key, value in sums.items() if key != KEPT_CLASSES}
-    means = {name: total[name] / total["batches"] for name in LOSSES if name in total}
+    total = {key: value.cpu() for key, value in sums.items()}
+    means = {name: (total[name] / total["batches"]).item() for name in LOSSES if name in total}
     if "kept" in total:
-        means["kept_share"] = total["kept"] / total["unlabelled"]
-        if total["known"]:
-            means["pseudo_accuracy"] = total["right"] / total["known"]
+        means["kept_share"] = (total["kept"].sum() / total["unlabelled"]).item()
+        for name, classes in (groups or {}).items():
+            if known := total["known"][classes].sum().item():
+                means[f"kept_share_{name}"] = total["known_kept"][classes].sum().item() / known
+        if kept := total["known_kept"].sum().item():
+            means["pseudo_accuracy"] = total["right"].sum().item() / kept
+        means["pseudo_entropy"] = histogram_entropy(total["kept"]).item()
+    if "prob_sum" in total and labelled_prior is not None:
+        means["prior_kl"] = prior_divergence(total["prob_sum"] / total["unlabelled"], labelled_prior.cpu()).item()
     if "skipped" in total:
-        means["skipped"] = total["skipped"]
+        means["skipped"] = total["skipped"].item()
     return means
 
 
@@ -62,27 +86,56 @@ def pseudo_label_summary(sums: Mapping[str, Tensor], class_names: Sequence[str] 
         class_names: Names of the classes, if they have any.
 
     Returns:
-        Numbers of images ``seen`` and ``kept``, and as ``fault`` a sentence where they cannot have taught anything:
-        none was kept, or at least half were and all of them with one pseudo-label. None otherwise.
+        Numbers of images ``seen`` and ``kept``, with weights their sum rounded down, and as ``fault`` a sentence where
+        they cannot have taught anything: none was kept, or at least half were and all of them with one pseudo-label.
+        None otherwise.
     """
     if "kept" not in sums:
         return {}
-    seen, kept = int(sums["unlabelled"].item()), int(sums["kept"].item())
-    most, largest = (int(value.item()) for value in sums[KEPT_CLASSES].max(dim=0))
+    seen, kept = int(sums["unlabelled"].item()), int(sums["kept"].sum().item())
+    most, largest = (int(value.item()) for value in sums["kept"].max(dim=0))
     fault = None
     if kept == 0:
         fault = "no unlabelled image was kept, as no confidence exceeded --threshold: they taught nothing"
-    elif most == kept and 2 * kept >= seen and len(sums[KEPT_CLASSES]) > 1:
+    elif most == kept and 2 * kept >= seen and len(sums["kept"]) > 1:
         name = class_names[largest] if class_names else f"class {largest}"
         fault = f"every unlabelled image that was kept has the pseudo-label {name!r}: they taught that class only"
     return {"seen": seen, "kept": kept, "fault": fault}
 
 
-def teacher_figures(task: SemiSupervisedTask) -> dict[str, float]:
-    """What the teacher's last update did; {} before the first."""
-    if task.alpha is None:
+def pseudo_label_figures(sums: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Recall and precision of the pseudo-labels of each class, in percent; {} without unlabelled images.
+
+    Args:
+        sums: Sums of :func:`batch_figures`.
+
+    Returns:
+        ``recall``: of the images of a class, those that were kept with the right pseudo-label. ``precision``: of the
+        images kept with this pseudo-label, those of that class. None where there is no such image of known class.
+    """
+    if "right" not in sums:
         return {}
-    figures, stats, average = {"alpha": task.alpha}, task.lyap_stats, task.trainable_module_ema
+    total = {name: sums[name].tolist() for name in ("right", "known", "known_pseudo")}
+
+    def share(whole: str) -> list[float | None]:
+        pairs = zip(total["right"], total[whole], strict=True)
+        return [100.0 * right / all_ if all_ else None for right, all_ in pairs]
+
+    return {"recall": share("known"), "precision": share("known_pseudo")}
+
+
+def task_figures(task: SemiSupervisedTask) -> dict[str, float]:
+    """What the teacher's last update did, and the least and largest share in the running prior of pseudo-labels.
+
+    {} before the first update, and without such a prior.
+    """
+    figures: dict[str, float] = {}
+    if (prior := task.rule.state.get("prior")) is not None:
+        figures |= {"prior_min": prior.min().item(), "prior_max": prior.max().item()}
+    if task.alpha is None:
+        return figures
+    figures["alpha"] = task.alpha
+    stats, average = task.lyap_stats, task.trainable_module_ema
     if stats is not None and isinstance(average, LyapEmaV3):
         figures.update(v=stats.v, distance=stats.distance / max(stats.teacher_norm, 1e-12))
         figures.update(guard_rate=average.guard_rate, lr_scale=stats.lr_scale)

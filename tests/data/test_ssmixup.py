@@ -86,6 +86,13 @@ def test_targets_of_equal_pseudo_labels_stay_one_hot_and_are_detached():
     assert not targets.requires_grad
 
 
+def test_soft_labels_are_mixed_as_distributions():
+    soft = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5]], requires_grad=True)
+    targets = mix_targets(soft, torch.tensor([1, 0]), torch.tensor([0.25, 0.5]), num_classes=3)
+    assert_close("y", targets, torch.tensor([[0.175, 0.425, 0.4], [0.35, 0.35, 0.3]]))
+    assert not targets.requires_grad
+
+
 def test_smoothing_spreads_over_all_classes():
     targets = mix_targets(torch.tensor([1]), torch.tensor([0]), torch.tensor([0.5]), num_classes=5, smoothing=0.1)
     assert_close("y", targets, torch.tensor([[0.02, 0.92, 0.02, 0.02, 0.02]]))
@@ -129,7 +136,7 @@ def _partners(targets):
 
 
 @pytest.mark.parametrize("switch_prob", [0.0, 1.0])
-def test_probabilistic_mixup_keeps_image_target_and_confidence_together(switch_prob):
+def test_probabilistic_mixup_keeps_image_target_and_partner_together(switch_prob):
     images, confidence, mixed = _probabilistic(switch_prob)
     assert_close("sum", mixed.targets.sum(1), torch.ones(64))
     for row, partner in enumerate(_partners(mixed.targets)):
@@ -138,7 +145,7 @@ def test_probabilistic_mixup_keeps_image_target_and_confidence_together(switch_p
         weight = mixed.targets[row, row]
         mean = weight * row + (1 - weight) * partner
         assert mixed.images[row].mean().item() == pytest.approx(mean.item(), rel=1e-5)
-        assert mixed.confidence[row] == max(confidence[row], confidence[partner])
+        assert mixed.partner[row] == partner
         if switch_prob == 0:
             share = confidence[row] / (confidence[row] + confidence[partner])
             assert weight.item() == pytest.approx(share.item(), abs=1e-6)

@@ -175,7 +175,7 @@ def test_teacher_gets_the_options_of_its_method():
     default = ssl_flags.teacher_kwargs(all_flags("--lyap-min-decay 0.5"))
     assert (default["mode"], default["decay"], default["min_decay"]) == ("default", 0.9998, 0.5)
     assert ssl_flags.teacher_kwargs(all_flags("--lyap-mode paper_stable"))["decay"] is None
-    assert ssl_flags.task_kwargs(all_flags("--threshold 0.9"))["threshold"] == 0.9
+    assert ssl_flags.task_kwargs(all_flags("--unlabeled-weight 2"))["unlabelled_weight"] == 2
 
 
 @pytest.mark.parametrize("warmup", ["", "--no-model-ema-warmup"])

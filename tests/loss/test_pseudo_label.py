@@ -45,3 +45,12 @@ def test_soft_targets_agree_with_class_indices():
     assert unlabelled_loss(logits, one_hot, keep).item() == pytest.approx(unlabelled_loss(logits, target, keep).item())
     assert labelled_loss(logits, one_hot, 0.1).item() == pytest.approx(labelled_loss(logits, target, 0.0).item())
     assert labelled_loss(logits, target, 0.1).item() != pytest.approx(labelled_loss(logits, target, 0.0).item())
+
+
+def test_rows_count_with_their_weight():
+    logits, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    weight = torch.tensor([1.0, 0.25, 0.0])
+    each = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    assert unlabelled_loss(logits, target, weight).item() == pytest.approx((weight * each).sum().item() / 3)
+    logits[2, 0] = float("inf")
+    assert unlabelled_loss(logits, target, weight).isfinite()
