@@ -16,6 +16,7 @@ from semivim.flags.data_flags import INTERPOLATIONS
 from semivim.flags.parser import COUNT, POSITIVE, SHARE, Name, Number, Parser, assignment, flag, spaced
 from semivim.hub.model_folder import check_config, find_folder
 from semivim.runs.run_folder import CONFIG
+from semivim.task.tune_scope import TUNE_SCOPES, limit_training
 from semivim.utils.files import check_weights_file
 from semivim.utils.model_options import MAX_CLASSES, check_name, check_options
 from semivim.utils.preprocessing import MAX_SIDE_PX
@@ -110,6 +111,9 @@ def add_model_flags(parser: Parser, model: str) -> None:
         metavar="BACKEND",
         help="torch.compile, by inductor if no other is named",
     )
+    group.add_argument(
+        "--tune-scope", default="all", choices=TUNE_SCOPES, help="what trains; ssm: scans, class token and head"
+    )
     group.add_argument("--torchcompile-mode", default=None, choices=COMPILE_MODES, help="what it is tuned for")
     parser.checks.append(_check_model)
 
@@ -172,7 +176,18 @@ def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> 
     given |= args.model_kwargs | options
     weights = {name: given.pop(name) for name in ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")}
     given = {name: value for name, value in given.items() if value is not None}
-    _refuse_unsuitable(args, given)
+    try:
+        _refuse_unsuitable(args, given)
+    except UserError as error:
+        if "argument 'ssmixup_" in str(error):
+            raise UserError(
+                f"--pseudo-mixup ss mixes the states of a Vim's scans, which --model {args.model} lacks: "
+                "name a Vim, or --pseudo-mixup prob"
+            ) from error
+        if "argument 'img_size'" not in str(error):
+            raise
+        del given["img_size"]  # a network of convolutions takes images of any size
+        _refuse_unsuitable(args, given)
     try:
         model: Any = timm.create_model(args.model, **weights, **given)
     except (OSError, RuntimeError, ValueError) as error:
@@ -180,6 +195,7 @@ def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> 
             raise
         named = " ".join(f"{flag(name)} {getattr(args, name)}" for name in ("model", *files))
         raise UserError(f"{named}: the weights do not load: {one_line(error)}") from error
+    limit_training(model, args.tune_scope)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model

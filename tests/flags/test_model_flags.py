@@ -33,6 +33,7 @@ def test_model_is_the_one_of_the_flags():
     assert (model.num_classes, model.global_pool, model.grad_checkpointing) == (7, "avg", True)
     assert model(torch.zeros(1, 1, 48, 48)).shape == (1, 7)
     assert create("--input-size 1 32 64")(torch.zeros(1, 1, 32, 64)).shape == (1, 7)
+    assert create("--model test_resnet --input-size 1 32 64")(torch.zeros(1, 1, 32, 64)).shape == (1, 7)
     assert create("--model-kwargs depth=2").blocks[1:2] and len(create("--model-kwargs depth=2").blocks) == 2
     assert len(create("--model-kwargs depth=2", depth=1).blocks) == 1
     assert create("--channels-last").patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
@@ -63,9 +64,17 @@ def test_what_the_user_can_mend_is_one_line(words, message):
     assert "\n" not in str(error.value)
 
 
-def test_options_of_another_method_are_named():
-    with pytest.raises(UserError, match="--model test_vit: .*ssmixup_c"):
-        create("--model test_vit", ssmixup_c="own", ssmixup_layers=None)
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_ssmixup_says_that_it_needs_a_vim(name):
+    with pytest.raises(UserError, match=f"^--pseudo-mixup ss mixes .* which --model {name} lacks: name a Vim"):
+        create(f"--model {name}", ssmixup_c="own", ssmixup_layers=None)
+
+
+def test_scope_of_training_is_that_of_the_flag():
+    trained = [name for name, p in create("--tune-scope head").named_parameters() if p.requires_grad]
+    assert trained == ["head.weight", "head.bias"]
+    with pytest.raises(UserError, match="--tune-scope ssm trains scans"):
+        create("--model test_vit --tune-scope ssm")
 
 
 @pytest.mark.parametrize("words", ["", "--model-kwargs depth=2", "--initial-checkpoint {folder}/w.pth"])

@@ -1,0 +1,143 @@
+"""Training with the rules for rare classes: what a run reports and saves, how it goes on, and its stages."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+import semivim  # noqa: F401  registers the models
+import train_ssl
+from tests.training import assert_same_run, run, states
+
+LONG_TAIL = [
+    "--imb-n1",
+    "12",
+    "--imb-factor-l",
+    "6",
+    "--imb-m1",
+    "60",
+    "--imb-factor-u",
+    "6",
+    "--model-ema-decay",
+    "0.9",
+]
+RULES = {
+    "debias": ["--debias-pseudo", "1"],
+    "adjust": ["--logit-adjust-tau", "1", "--pseudo-prior", "estimated"],
+    "softmatch": ["--threshold-mode", "softmatch", "--threshold", "0.7"],
+}
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def debiased(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "debiased"
+    return folder, run(folder, *LONG_TAIL, *RULES["debias"], "--posthoc-debias", "unlabeled")
+
+
+def test_report_shows_both_heads_and_the_pseudo_labels_of_each_class(debiased):
+    folder, results = debiased
+    stored = json.loads((folder / "metrics.json").read_text())
+    assert stored["teacher_debiased"]["balanced_acc"] == results["teacher_debiased"]["balanced_acc"]
+    assert {"student", "teacher", "student_debiased", "teacher_debiased"} <= set(stored)
+    figures = stored["pseudo_labels"]
+    assert len(figures["recall"]) == len(figures["precision"]) == 10
+    assert all(value is None or 0 <= value <= 100 for value in figures["recall"] + figures["precision"])
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [r for r in records if "loss_labelled" in r]
+    wanted = {"kept_share_many", "kept_share_medium", "pseudo_entropy", "prior_kl", "prior_min", "prior_max"}
+    assert wanted <= set.union(*(set(r) for r in logged))
+    assert logged[-1]["prior_min"] < 0.1 < logged[-1]["prior_max"]
+
+
+def test_saved_model_is_the_debiased_one(debiased):
+    folder, results = debiased
+    config = json.loads((folder / "config.json").read_text())
+    assert config["logit_adjustment"] == {"by": "unlabeled", "tau": 1.0}
+    saved = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    best = results["best"]["epoch"]
+    if best == 1:  # the weights of the last epoch are in its checkpoint
+        _, teacher = states(folder)
+        assert not torch.equal(saved.head.bias, teacher["head.bias"])
+        assert torch.equal(saved.head.weight, teacher["head.weight"])
+
+
+@pytest.mark.parametrize("name", ["debias", "softmatch"])
+def test_resumed_run_is_the_unbroken_one_to_the_bit(name, tmp_path, monkeypatch):
+    flags = [*LONG_TAIL, *RULES[name]]
+    run(tmp_path / "whole", *flags)
+    record, calls = train_ssl.optimizer_step, []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KilledError
+        return record(*args, **kwargs)
+
+    monkeypatch.setattr(train_ssl, "optimizer_step", killed)
+    with pytest.raises(KilledError):
+        run(tmp_path / "broken", *flags, "--recovery-interval", "2")
+    monkeypatch.undo()
+    results = run(tmp_path / "broken", *flags, "--recovery-interval", "2", "--resume", "auto")
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    whole, broken = (
+        torch.load(tmp_path / f / "last.pth.tar", weights_only=False)["task_state"]["pseudo_labels"]
+        for f in ("whole", "broken")
+    )
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    assert results["pseudo_labels"] == json.loads((tmp_path / "whole" / "metrics.json").read_text())["pseudo_labels"]
+
+
+def test_third_stage_starts_student_and_teacher_from_the_seconds_teacher(tmp_path, monkeypatch):
+    stage2 = [
+        "--ssl-method",
+        "supervised",
+        "--tune-scope",
+        "ssm",
+        "--layer-decay",
+        "0.9",
+        "--posthoc-debias",
+        "unlabeled",
+    ]
+    first = run(tmp_path / "stage2", *LONG_TAIL, *stage2, "--threshold", "0.7")
+    assert first["teacher_debiased"]["top1"] >= 0
+    checkpoint = tmp_path / "stage2" / "last.pth.tar"
+    _, teacher = states(tmp_path / "stage2")
+    started = []
+
+    def recorded(task, *args, **kwargs):
+        started.append([{k: v.clone() for k, v in m.state_dict().items()} for m in models(task)])
+        return step(task, *args, **kwargs)
+
+    def models(task):
+        return task.trainable_module, task.trainable_module_ema.module
+
+    step = train_ssl.optimizer_step
+    monkeypatch.setattr(train_ssl, "optimizer_step", recorded)
+    flags = [*LONG_TAIL, "--initial-checkpoint", checkpoint]
+    run(tmp_path / "stage3", *flags)
+    for state in started[0]:
+        assert all(torch.equal(state[key], teacher[key]) for key in teacher)
+    # with the adjusted loss both heads lose the labels' prior, once; a resumed run does not lose it again
+    run(tmp_path / "adjusted", *flags, *RULES["adjust"], "--epochs", "1")
+    counts = torch.tensor([12, 9, 8, 6, 5, 4, 3, 2, 2, 2.0])
+    for state in started[6]:
+        shift = teacher["head.bias"] - state["head.bias"]
+        assert all(torch.equal(state[key], teacher[key]) for key in teacher if key != "head.bias")
+        torch.testing.assert_close(shift, (counts / counts.sum()).log(), rtol=1e-4, atol=1e-4)
+    run(tmp_path / "adjusted", *flags, *RULES["adjust"], "--epochs", "2", "--resume", "auto")
+    assert not torch.allclose(started[9][0]["head.bias"], started[6][0]["head.bias"] - (counts / 53).log(), atol=0.1)
+    config = json.loads((tmp_path / "adjusted" / "config.json").read_text())
+    assert config["logit_adjustment"] == {"by": "loss", "tau": 1.0}
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
+def test_any_timm_model_is_a_student(model, tmp_path):
+    size = ["--img-size", "32"] if model == "test_vit" else ["--input-size", "1", "32", "32"]
+    flags = ["--model", model, *size, "--pseudo-mixup", "prob", "--epochs", "1"]
+    results = run(tmp_path / "run", *LONG_TAIL, *RULES["debias"], *flags)
+    assert results["teacher"]["balanced_acc"] > 0
