@@ -22,6 +22,11 @@ _RECIPE_FLAGS = (
     "ssl_method",
     "pseudo_mixup",
     "threshold",
+    "threshold_mode",
+    "debias_pseudo",
+    "logit_adjust_tau",
+    "pseudo_prior",
+    "posthoc_debias",
     "unlabeled_ratio",
     "unlabeled_weight",
     "lyap_mode",
@@ -41,7 +46,11 @@ _RECIPE_FLAGS = (
     "max_value",
 )
 _ROLES = {"best": "published", "teacher": "teacher, last epoch", "student": "student, last epoch"}
-_MODELS = ("teacher", "student")  # what best.model names; runs before it was written saved the teacher
+_DEBIASED = {  # of a run that removes a prior from the heads at export
+    "teacher_debiased": "teacher with a prior removed",
+    "student_debiased": "student with a prior removed",
+}
+_MODELS = ("teacher", "student", *_DEBIASED)  # what best.model names; runs before it was written saved the teacher
 _SPLIT = ("sha256", "num_labelled", "num_unlabelled")
 # the entries of metrics.json that a card needs, with theirs
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -122,14 +131,16 @@ def read_run(folder: Path) -> Run:
 
 def _check_metrics(metrics: dict[str, Any], num_classes: int, where: str) -> None:
     """Refuse metrics.json if it lacks what the card shows, or counts other classes than the model."""
-    for role, keys in _NEEDED.items():
+    pseudo = {"pseudo_labels": ()} if metrics.get("pseudo_labels") else {}
+    debiased = {role: () for role in _DEBIASED if role in metrics}
+    for role, keys in (_NEEDED | debiased | pseudo).items():
         entry = metrics.get(role)
         if not isinstance(entry, dict):
             raise UserError(f"{where}: {METRICS}: wanted a mapping {role}, got {type(entry).__name__}")
         absent = [key for key in keys if key not in entry]
         if absent:
             raise UserError(f"{where}: {METRICS}: {role} lacks {', '.join(absent)}")
-        for key in ("labels_per_class", "per_class_recall"):
+        for key in ("labels_per_class", "per_class_recall", "recall", "precision"):
             values = entry.get(key, [None] * num_classes)
             if not (isinstance(values, list) and len(values) == num_classes and all(map(_is_number, values))):
                 wanted = f"a list of {num_classes} numbers, one a class, as {role}.{key}"
@@ -230,7 +241,8 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
     command = " ".join(["python train_ssl.py -c args.yaml", *(f"--{_flag(key)} {key.upper()}" for key in local)])
     data = plain(args.get("dataset") or "a folder of images")
     best = run.metrics["best"]
-    published = f"{best.get('model', 'teacher')} at epoch {best['epoch']}"
+    name = best.get("model", "teacher")
+    published = f"{_DEBIASED.get(name, name)} at epoch {best['epoch']}"
     recipe = {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None}
     source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
     images = f"{split['num_labelled']} labelled images"
@@ -359,24 +371,27 @@ def _flag(key: str) -> str:
 
 
 def _metrics_table(metrics: dict[str, Any]) -> str:
+    roles = _ROLES | {role: title for role, title in _DEBIASED.items() if isinstance(metrics.get(role), dict)}
     rows = [
-        (title, *(_number(metrics[role].get(key)) for role in _ROLES))
+        (title, *(_number(metrics[role].get(key)) for role in roles))
         for key, title in _METRICS.items()
         if metrics["teacher"].get(key) is not None
     ]
-    return table(("metric", *_ROLES.values()), rows)
+    return table(("metric", *roles.values()), rows)
 
 
 def _recall_table(run: Run) -> str:
     recalls = {title: run.metrics[role].get("per_class_recall") for role, title in _ROLES.items()}
-    known = {title: values for title, values in recalls.items() if values}
+    pseudo = run.metrics.get("pseudo_labels") or {}
+    known = {f"recall (%), {title}": values for title, values in recalls.items() if values}
+    known |= {f"pseudo-labels, {key} (%)": pseudo[key] for key in ("recall", "precision") if key in pseudo}
     names = run.config.get("label_names") or [""] * run.config["num_classes"]
     counts = run.metrics["split"]["labels_per_class"]
     rows = [
         (index, name, count, *(_number(values[index]) for values in known.values()))
         for index, (name, count) in enumerate(zip(names, counts, strict=True))
     ]
-    return table(("class", "name", "labelled images", *(f"recall (%), {title}" for title in known)), rows)
+    return table(("class", "name", "labelled images", *known), rows)
 
 
 def _number(value: float | None) -> str:

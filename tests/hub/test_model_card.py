@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from semivim.hub.model_card import model_card, public_args, public_config, public_license, read_run
+from semivim.utils.user_error import UserError
 from tests.hub.test_markdown import ACTIVE, html_tags
 from tests.run_folder import write_run
 
@@ -212,3 +213,23 @@ def test_published_flags_are_yaml_that_the_script_reads(run_dir: Path) -> None:
     args, _ = public_args(read_run(run_dir).args)
     assert yaml.safe_load(yaml.safe_dump(args)) == args
     assert args["model"] == "test_vim" and "output" not in args
+
+
+def test_pseudo_labels_and_debiased_models_have_columns(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics["teacher_debiased"] = {**metrics["teacher"], "balanced_acc": 66.5}
+    metrics["pseudo_labels"] = {"recall": [99.0, 71.5, None, 0.0, 3.25], "precision": [50.0, 60.0, None, None, 100.0]}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    args = yaml.safe_load((tmp_path / "args.yaml").read_text()) | {"debias_pseudo": 1.0}
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(args))
+    card = model_card(read_run(tmp_path), "org/ants", "", "1.2.3", None)
+    assert "| student, last epoch | teacher with a prior removed |" in card
+    assert "| balanced accuracy (%) | - | 58.25 | 58.25 | 66.50 |" in card
+    assert "| pseudo-labels, recall (%) | pseudo-labels, precision (%) |" in card
+    assert "| 71.50 | 60.00 |" in card
+    assert "- debias pseudo: 1.0" in card
+    metrics["pseudo_labels"]["recall"] = [1.0]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match=r"wanted a list of 5 numbers, one a class, as pseudo_labels\.recall"):
+        read_run(tmp_path)
