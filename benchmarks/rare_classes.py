@@ -104,7 +104,7 @@ def long_tail(ratio: int, n1: int, reverse: bool) -> Condition:
     return Condition(f"Fashion-MNIST {ratio}:1, {n1} labels of the largest class, {order}", "fashion", flags)
 
 
-CLIPART = Condition("openclipart, a tenth of each class labelled", "openclipart", "--label-fraction 0.1")
+CLIPART = Condition("openclipart, a fifth of each class labelled", "openclipart", "--label-fraction 0.2")
 # Name -> condition, model, methods; the most telling first.
 BLOCKS: dict[str, tuple[Condition, str, list[str]]] = {
     "20-50": (long_tail(20, 50, False), "vim", MAIN),
@@ -258,7 +258,8 @@ def run(condition: Condition, model: str, method: str, fold: int, folder: str, o
     view = "" if "supervised" in METHODS[method] else STRONG_VIEW
     words = [*flags_of(condition, model, fold, STAGE3), *shlex.split(f"{view} {METHODS[method]}")]
     trained = train([*words, "--initial-checkpoint", str(checkpoint)], data, split, warmup=False)
-    _, evaluation, _ = create_loaders(trained.args, *data, split, trained.config, 0, CPU)
+    _, loader, _ = create_loaders(trained.args, *data, split, trained.config, 0, CPU)
+    evaluation, sample = list(loader), list(trained.sample())  # drawn once for both models
     figures = pseudo_label_figures(trained.sums) or {"recall": [], "precision": []}
     means = interval_means(trained.sums)
     counts = torch.from_numpy(split.labels_per_class).clamp(min=1).float()
@@ -268,7 +269,7 @@ def run(condition: Condition, model: str, method: str, fold: int, folder: str, o
         priors = {
             "none": torch.ones(()),
             "labeled": counts / counts.sum(),
-            "unlabeled": mean_prediction(net, trained.sample(), nullcontext),
+            "unlabeled": mean_prediction(net, sample, nullcontext),
         }
         for posthoc, prior in priors.items():
             rows.append(
