@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import resolve_input_data_config
 from timm.utils import random_seed
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassCalibrationError
@@ -46,6 +45,7 @@ from semivim.task.pseudo_label_rule import PseudoLabelRule
 from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_figures import batch_figures, interval_means, pseudo_label_figures
 from semivim.utils.metrics import ClassificationMetrics
+from semivim.utils.preprocessing import resolve_preprocessing
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -56,7 +56,8 @@ COMMON = (
 VIEWS = "--scale 0.7 1 --ratio 0.9 1.1 --color-jitter 0"
 STRONG_VIEW = "--strong-aa rand-m6-mstd0.5-inc1 --strong-reprob 0.5"
 STAGE2 = "--ssl-method supervised --lr 2e-3 --epochs 20 --warmup-epochs 2"
-STAGE3 = "--lr 1e-3 --epochs 10 --warmup-epochs 1"
+# A teacher that starts as the better model must not be overwritten by a warm-up.
+STAGE3 = "--no-model-ema-warmup --lr 1e-3 --epochs 10 --warmup-epochs 1"
 METHODS = {
     "supervised": "--ssl-method supervised",
     "supervised + adjusted loss": "--ssl-method supervised --logit-adjust-tau 1",
@@ -165,13 +166,13 @@ def flags_of(condition: Condition, model: str, fold: int, stage: str) -> list[st
     return shlex.split(text)
 
 
-def train(words: list[str], data: tuple[ImageSource, ImageSource], split: LabelSplit, warmup: bool) -> Trained:
+def train(words: list[str], data: tuple[ImageSource, ImageSource], split: LabelSplit) -> Trained:
     """Train as train_ssl.py does, without its run folder."""
     args = train_ssl.parse_args(words)
     args.rank, args.world_size, args.distributed, args.device = 0, 1, False, "cpu"
     random_seed(args.seed)
     model = create_model(args, split.num_classes, **ssmixup_kwargs(args))
-    config = resolve_input_data_config(model, vars(args))
+    config = resolve_preprocessing(model, f"--model {args.model}", vars(args))
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
     loader, _, sample = create_loaders(args, *data, split, config, ratio * args.batch_size, CPU)
     epoch_updates = args.train_batches_per_epoch
@@ -181,8 +182,7 @@ def train(words: list[str], data: tuple[ImageSource, ImageSource], split: LabelS
     if args.logit_adjust_tau:
         start_adjusted(model, args.initial_checkpoint, rule.labelled_prior, args.logit_adjust_tau)
     task = SemiSupervisedTask(model, split.num_classes, rule=rule, **task_kwargs(args))
-    # A teacher that starts as the better model must not be overwritten by a warm-up.
-    ema = task.setup_ema(**teacher_kwargs(args) | {"use_warmup": warmup})
+    ema = task.setup_ema(**teacher_kwargs(args))
     if args.ssl_method == "lyapema":
         ema.attach(optimizer, model)
     clip, steps, sums = clip_kwargs(args), loader.steps(), dict[str, Tensor]()
@@ -216,7 +216,7 @@ def second_stage(condition: Condition, model: str, fold: int, data: Any, split: 
     folder = output / name
     if not (folder / "config.json").exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)
-        trained = train(flags_of(condition, model, fold, STAGE2), data, split, warmup=True)
+        trained = train(flags_of(condition, model, fold, STAGE2), data, split)
         save_model(trained.models["teacher"], folder, data_config=trained.config)
     return folder / "model.safetensors"
 
@@ -257,7 +257,7 @@ def run(condition: Condition, model: str, method: str, fold: int, folder: str, o
     checkpoint = second_stage(condition, model, fold, data, split, output)
     view = "" if "supervised" in METHODS[method] else STRONG_VIEW
     words = [*flags_of(condition, model, fold, STAGE3), *shlex.split(f"{view} {METHODS[method]}")]
-    trained = train([*words, "--initial-checkpoint", str(checkpoint)], data, split, warmup=False)
+    trained = train([*words, "--initial-checkpoint", str(checkpoint)], data, split)
     _, loader, _ = create_loaders(trained.args, *data, split, trained.config, 0, CPU)
     evaluation, sample = list(loader), list(trained.sample())  # drawn once for both models
     figures = pseudo_label_figures(trained.sums) or {"recall": [], "precision": []}
@@ -424,7 +424,7 @@ def time_models() -> None:
     for name, flags in MODELS.items():
         args = train_ssl.parse_args([*shlex.split(f"{FASHION} {flags}"), "--labels-per-class", "4"])
         model = create_model(args, 10)
-        models[name] = model, torch.randn(64, *resolve_input_data_config(model, vars(args))["input_size"])
+        models[name] = model, torch.randn(64, *resolve_preprocessing(model, name, vars(args))["input_size"])
     seconds = defaultdict(list)
     for _ in range(8):
         for name, (model, x) in models.items():

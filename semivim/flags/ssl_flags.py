@@ -177,9 +177,8 @@ def task_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 def teacher_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``SemiSupervisedTask.setup_ema``."""
     if args.ssl_method != "lyapema":
-        # ModelEmaV3's warm-up starts one step later than LyapEmaV3's, with a copy of the student
-        start = {"update_after_step": -1} if args.model_ema_warmup else {}
-        return {"decay": args.model_ema_decay, "use_warmup": args.model_ema_warmup, **start}
+        # ModelEmaV3 starts one step later than LyapEmaV3, with a copy of the student
+        return {"decay": args.model_ema_decay, "use_warmup": args.model_ema_warmup, "update_after_step": -1}
     has_warmup = args.lyap_mode == "default"
     return {
         "mode": args.lyap_mode,

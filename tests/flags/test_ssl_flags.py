@@ -171,7 +171,7 @@ def test_model_mixes_hidden_states_only_with_ssmixup():
 
 def test_teacher_gets_the_options_of_its_method():
     plain = ssl_flags.teacher_kwargs(all_flags("--ssl-method fixmatch --model-ema-decay 0.9 --no-model-ema-warmup"))
-    assert plain == {"decay": 0.9, "use_warmup": False}
+    assert plain == {"decay": 0.9, "use_warmup": False, "update_after_step": -1}
     default = ssl_flags.teacher_kwargs(all_flags("--lyap-min-decay 0.5"))
     assert (default["mode"], default["decay"], default["min_decay"]) == ("default", 0.9998, 0.5)
     assert ssl_flags.teacher_kwargs(all_flags("--lyap-mode paper_stable"))["decay"] is None
