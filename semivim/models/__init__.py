@@ -3,6 +3,7 @@
 import timm
 
 from semivim.models.vim import Vim as Vim
+from semivim.models.vmamba import VMamba as VMamba
 
 
 def list_models() -> list[str]:

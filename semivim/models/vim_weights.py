@@ -35,26 +35,51 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any, container: str 
         ValueError: If a training state lacks ``container``, this holds anything but named floating-point tensors, a
             name belongs to no parameter of ``model``, or the grid of the position embedding cannot be told.
     """
-    where = "checkpoint"
-    if not all(isinstance(value, Tensor) for value in state_dict.values()):
-        where = container
-        if container not in state_dict:
-            entries = ", ".join(map(str, state_dict))
-            raise ValueError(f"training state has the entries {entries}, wanted {container!r} among them")
-        state_dict = state_dict[container]
     state_dict = {
         _RELEASED_NAME.sub(lambda found: _RELEASED_NAMES[found.group()], name): value
-        for name, value in named_tensors(state_dict, where).items()
+        for name, value in weights_in(state_dict, container).items()
     }
-    unknown = sorted(set(state_dict) - set(model.state_dict()) - _HEAD)
+    check_weights(state_dict, model, _HEAD)
+    if "pos_embed" in state_dict:
+        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model)
+    return state_dict
+
+
+def weights_in(state_dict: dict[str, Any], container: str) -> dict[str, Tensor]:
+    """Give the weights of a checkpoint, names cleared of wrappers' prefixes.
+
+    Args:
+        state_dict: A state dict, or a training state that holds one.
+        container: Entry of a training state that holds the weights.
+
+    Raises:
+        ValueError: If a training state lacks ``container``, or the weights are anything but tensors by name.
+    """
+    if all(isinstance(value, Tensor) for value in state_dict.values()):
+        return named_tensors(state_dict, "checkpoint")
+    if container not in state_dict:
+        entries = ", ".join(map(str, state_dict))
+        raise ValueError(f"training state has the entries {entries}, wanted {container!r} among them")
+    return named_tensors(state_dict[container], container)
+
+
+def check_weights(state_dict: dict[str, Tensor], model: Any, head: set[str]) -> None:
+    """Refuse weights in our names that belong to no parameter of a model or are no numbers of it.
+
+    Args:
+        state_dict: The weights.
+        model: The model to be loaded.
+        head: Names of the classifier's weights, which the model may lack.
+
+    Raises:
+        ValueError: If a name belongs to no parameter, or a tensor is not of floating point.
+    """
+    unknown = sorted(set(state_dict) - set(model.state_dict()) - head)
     if unknown:
         raise ValueError(f"checkpoint has {len(unknown)} keys that the model lacks: {', '.join(unknown)}")
     whole = [name for name, value in state_dict.items() if not value.is_floating_point()]
     if whole:
         raise ValueError(f"{whole[0]} is of {state_dict[whole[0]].dtype}, wanted floating point")
-    if "pos_embed" in state_dict:
-        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model)
-    return state_dict
 
 
 def named_tensors(weights: Any, where: str) -> dict[str, Tensor]:
