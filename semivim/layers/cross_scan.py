@@ -117,9 +117,14 @@ class SS2D(nn.Module):
     def scan(self, u: Tensor) -> Tensor:
         """Sum of the four scans of a convolved map ``(b, h, w, d)``, float32 (float64 stays)."""
         b, h, w, d = u.shape
-        per_direction = self.x_proj_weight.shape[1]
+        directions, per_direction = self.x_proj_weight.shape[0], self.x_proj_weight.shape[1]
         # A projection acts on each token alone, so it comes before the columns are gathered.
-        dbc = linear(u, self.x_proj_weight.flatten(0, 1)).view(b, h, w, DIRECTIONS, per_direction)
+        weight = self.x_proj_weight.flatten(0, 1)
+        if torch.jit.is_scripting():
+            dbc = F.linear(u, weight)
+        else:
+            dbc = linear(u, weight)
+        dbc = dbc.view(b, h, w, directions, per_direction)
         u = widen(u)
         rows = self.both_ways(u.view(b, h * w, d), dbc[:, :, :, 0::2].reshape(b, h * w, 2, per_direction), 0)
         columns = self.both_ways(

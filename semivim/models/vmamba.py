@@ -24,11 +24,6 @@ from semivim.models.vmamba_weights import checkpoint_filter_fn, default_cfgs, re
 __all__ = ["VMamba"]
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to a channel-last map; its channel-last memory is used without a copy."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class PatchStem(nn.Module):
     """Image ``(b, c, h, w)`` to normalised patches of 4 x 4 pixels, ``(b, h // 4, w // 4, dim)``."""
 
@@ -56,7 +51,8 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        return self.norm2(_convolve(self.conv2, self.act(self.norm1(x))))
+        x = self.act(self.norm1(x))
+        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):
@@ -68,7 +64,7 @@ class Downsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim, eps=1e-5, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(_convolve(self.conv, x))
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class Block(nn.Module):
@@ -90,14 +86,12 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.op = SS2D(dim, ssm_ratio, d_state, gated, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.has_mlp = mlp_ratio > 0
-        if self.has_mlp:
-            self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
-            self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if mlp_ratio > 0 else nn.Identity()
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd) if mlp_ratio > 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.op(self.norm(x)))
-        if self.has_mlp:
+        if self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
 

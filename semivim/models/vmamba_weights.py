@@ -138,6 +138,6 @@ default_cfgs = generate_default_cfgs(
         "vanilla_vmamba_tiny.mzeromiko_in1k": _released("%23v0cls/vssmtiny_dp01_ckpt_epoch_292"),
         "vanilla_vmamba_small.mzeromiko_in1k": _released("%23v0cls/vssmsmall_dp03_ckpt_epoch_238"),
         "vanilla_vmamba_base.mzeromiko_in1k": _released("%23v0cls/vssmbase_dp06_ckpt_epoch_241"),
-        "test_vmamba.untrained": _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
+        "test_vmamba.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
     }
 )

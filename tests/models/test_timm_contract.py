@@ -19,9 +19,22 @@ from semivim.ops import use_backend
 from tests.tolerance import assert_close
 
 NAMES = list_models()
-SMALL = ["test_vim", "semivim_pico"]
-# Another read-out; a patch grid of unequal sides, with the class token in the middle of an odd number of patches.
-VARIANTS = [{}, {"ssmixup_c": "mean"}, {"patch_size": 16, "patch_stride": 8, "img_size": (48, 32)}]
+SMALL = ["test_vim", "semivim_pico", "test_vmamba"]
+# One small model of a family and options: for Vim another read-out, and a patch grid of unequal sides with the class
+# token in the middle of an odd number of patches; for VMamba the first family's stem, downsampling and gate.
+VANILLA = {"vanilla": True, "ssm_ratio": 2, "d_state": 3, "mlp_ratio": 0}
+VARIANTS = [
+    ("test_vim", {}),
+    ("test_vim", {"ssmixup_c": "mean"}),
+    ("test_vim", {"patch_size": 16, "patch_stride": 8, "img_size": (48, 32)}),
+    ("test_vmamba", {}),
+    ("test_vmamba", VANILLA),
+]
+# Ends of the names of parameters that are not decayed.
+KEPT = {
+    "Vim": ("pos_embed", "cls_token", ".A_log", ".A_b_log", ".D", ".D_b"),
+    "VMamba": (".A_logs", ".Ds", ".dt_projs_bias"),
+}
 
 
 def build(name="test_vim", **kwargs):
@@ -37,7 +50,30 @@ def test_every_model_is_registered():
         *("vim_tiny_patch16_224", "vim_small_patch16_224", "vim_base_patch16_224"),
         *("vim_tiny_patch16_stride8_224", "vim_small_patch16_stride8_224"),
         *("semivim_tiny", "semivim_small", "semivim_base", "semivim_pico", "test_vim"),
+        *("vmamba_tiny_s2l5", "vmamba_small_s2l15", "vmamba_base_s2l15", "test_vmamba"),
+        *("vmamba_tiny_s1l8", "vmamba_small_s1l20", "vmamba_base_s1l20"),
+        *("vanilla_vmamba_tiny", "vanilla_vmamba_small", "vanilla_vmamba_base"),
     }
+
+
+def mixing(model):
+    """What a model that mixes hidden states takes beside images."""
+    return [(), (torch.rand(2), torch.rand(2))] if getattr(model, "mixes", False) else [()]
+
+
+def map_size(model, index):
+    """Rows and columns of an intermediate at the model's input size."""
+    _, *size = get_model_input_config(model)["input_size"]
+    if hasattr(model, "patch_embed"):
+        return model.patch_embed.grid_size
+    return tuple(s // model.feature_info[index]["reduction"] for s in size)
+
+
+def features_shape(model):
+    """Of all tokens, or of the last map, channel-last."""
+    if hasattr(model, "patch_embed"):
+        return (2, model.patch_embed.num_patches + 1, model.num_features)
+    return (2, *map_size(model, -1), model.num_features)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,17 +88,19 @@ def test_structure_on_the_meta_device(name):
     assert model.in_chans == cfg["input_size"][0] == 3
     assert {f"{cfg['classifier']}.weight", f"{cfg['first_conv']}.weight"} <= model.state_dict().keys()
     x = torch.randn(2, *cfg["input_size"], device="meta")
-    tokens = model.forward_features(x)
-    assert tokens.shape == (2, model.patch_embed.num_patches + 1, model.num_features)
-    pre_logits = model.forward_head(tokens, pre_logits=True)
+    features = model.forward_features(x)
+    assert features.shape == features_shape(model)
+    assert cfg["pool_size"] in (None, features.shape[1:-1])
+    pre_logits = model.forward_head(features, pre_logits=True)
     assert pre_logits.shape == (2, model.head_hidden_size)
     assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
     model.float().reset_classifier(0)
     assert model(x).shape == pre_logits.shape
     assert build(name, device="meta", num_classes=0)(x).shape == pre_logits.shape
     model.to(torch.float64).reset_classifier(7)
-    assert model.head.weight.dtype == torch.float64 and model.head.weight.device.type == "meta"
-    assert not model.head.training
+    head = model.get_classifier()
+    assert head.weight.dtype == torch.float64 and head.weight.device.type == "meta"
+    assert not head.training
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,9 +108,10 @@ def test_frozen_stays_frozen_through_reset_and_resize(name):
     model = build(name, device="meta")
     model.requires_grad_(False)
     model.reset_classifier(0, "")
-    model.set_input_size(tuple(2 * s for s in model.pretrained_cfg["input_size"][1:]))
+    if hasattr(model, "pos_embed"):
+        model.set_input_size(tuple(2 * s for s in model.pretrained_cfg["input_size"][1:]))
+        assert model.pos_embed.shape[1] == model.patch_embed.num_patches + 1
     assert not any(p.requires_grad for p in model.parameters())
-    assert model.pos_embed.shape[1] == model.patch_embed.num_patches + 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,27 +119,52 @@ def test_parameter_groups(name):
     model = build(name, device="meta")
     names = [n for n, _ in model.named_parameters()]
     kept = {n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in model.no_weight_decay())}
-    ends = ("pos_embed", "cls_token", ".A_log", ".A_b_log", ".D", ".D_b")
-    assert kept == {n for n in names if n.endswith(ends)} and len(kept) == 2 + 4 * len(model.blocks)
+    assert kept == {n for n in names if n.endswith(KEPT[type(model).__name__])}
     groups = group_parameters(model, model.group_matcher(), reverse=True)
-    depth = len(model.blocks)
-    assert groups["cls_token"] == groups["pos_embed"] == groups["patch_embed.proj.weight"] == 0
-    assert groups["blocks.0.mixer.A_log"] == 1 and groups[f"blocks.{depth - 1}.norm.weight"] == depth
+    if hasattr(model, "pos_embed"):
+        depth = len(model.blocks)
+        assert len(kept) == 2 + 4 * depth
+        assert groups["cls_token"] == groups["pos_embed"] == groups["patch_embed.proj.weight"] == 0
+        assert groups["blocks.0.mixer.A_log"] == 1 and groups[f"blocks.{depth - 1}.norm.weight"] == depth
+    else:
+        sizes = [len(stage.blocks) for stage in model.stages]
+        depth = sum(sizes)
+        assert len(kept) == 3 * depth
+        assert groups["stem.conv1.weight"] == 0 and groups["stages.0.blocks.0.op.Ds"] == 1
+        # A stage's downsampling goes with its first block.
+        assert groups["stages.1.downsample.norm.weight"] == groups["stages.1.blocks.0.norm.weight"] == sizes[0] + 1
+        coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        assert [coarse[f"stages.{i}.blocks.0.op.Ds"] for i in range(4)] == [1, 2, 3, 4]
     # The final norm goes with the last block.
-    assert groups["norm.weight"] == depth and groups["head.weight"] == depth + 1
+    head = f"{model.pretrained_cfg['classifier']}.weight"
+    assert groups["norm.weight"] == depth and groups[head] == depth + 1
 
 
-def test_layer_decay_and_weight_decay_reach_the_optimizer():
-    model = build()
+@pytest.mark.parametrize(
+    ("name", "kept", "decayed"),
+    [
+        (
+            "test_vim",
+            ["blocks.1.mixer." + end for end in ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias")] + ["pos_embed"],
+            ["blocks.1.mixer." + end for end in ("in_proj.weight", "conv1d.weight", "x_proj_b.weight")],
+        ),
+        (
+            "test_vmamba",
+            ["stages.1.blocks.0.op." + end for end in ("A_logs", "Ds", "dt_projs_bias")] + ["stem.conv1.bias"],
+            ["stages.1.blocks.0.op." + end for end in ("in_proj.weight", "conv2d.weight", "x_proj_weight")],
+        ),
+    ],
+)
+def test_layer_decay_and_weight_decay_reach_the_optimizer(name, kept, decayed):
+    model = build(name)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
     of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    mixer = model.blocks[1].mixer
-    for weight in (mixer.A_log, mixer.A_b_log, mixer.D, mixer.D_b, mixer.dt_proj.bias, model.pos_embed):
-        assert of[id(weight)]["weight_decay"] == 0
-    for weight in (mixer.in_proj.weight, mixer.conv1d.weight, mixer.x_proj_b.weight, model.head.weight):
-        assert of[id(weight)]["weight_decay"] == 0.1
-    scales = [of[id(w)]["lr_scale"] for w in (model.pos_embed, mixer.A_log, model.head.weight)]
-    assert scales == pytest.approx([0.5**5, 0.5**3, 1.0])
+    groups = {key: of[id(weight)] for key, weight in model.named_parameters()}
+    head = f"{model.pretrained_cfg['classifier']}.weight"
+    assert {groups[key]["weight_decay"] for key in kept} == {0}
+    assert {groups[key]["weight_decay"] for key in [*decayed, head]} == {0.1}
+    # The stem, the second of four blocks, the head.
+    assert [groups[key]["lr_scale"] for key in (kept[-1], kept[0], head)] == pytest.approx([0.5**5, 0.5**3, 1.0])
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -116,27 +180,28 @@ def test_every_parameter_gets_a_gradient(name, backend):
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
-def test_input_channels(in_chans):
-    model = build(in_chans=in_chans)
+@pytest.mark.parametrize("name", ["test_vim", "test_vmamba"])
+def test_input_channels(name, in_chans):
+    model = build(name, in_chans=in_chans)
     assert model(image(model)).shape == (2, 1000)
     assert image(model).shape[1] == in_chans
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_torchscript(variant):
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_torchscript(name, options):
     with set_scriptable(True):
-        model = build(**variant).eval()
-    x, psi, nu = image(model), torch.rand(2), torch.rand(2)
+        model = build(name, **options).eval()
+    x = image(model)
     with pytest.warns(FutureWarning, match=r"torch\.jit\.script"):
         scripted = torch.jit.script(model)
     with torch.no_grad():
-        assert torch.equal(scripted(x), model(x))
-        assert torch.equal(scripted(x, psi, nu), model(x, psi, nu))
+        for mix in mixing(model):
+            assert torch.equal(scripted(x, *mix), model(x, *mix))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_symbolic_tracing(variant):
-    model = build(**variant).eval()
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_symbolic_tracing(name, options):
+    model = build(name, **options).eval()
     kwargs = {
         "leaf_modules": get_notrace_modules(),
         "autowrap_functions": get_notrace_functions(),
@@ -157,29 +222,33 @@ def test_symbolic_tracing(variant):
         assert torch.equal(scripted(x)[eval_nodes[-1]], model(x))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_intermediates(variant):
-    model = build(**variant).eval()
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_intermediates(name, options):
+    model = build(name, **options).eval()
     x = image(model)
     with torch.no_grad():
         final, maps = model.forward_intermediates(x)
         assert_close("final", final, model.forward_features(x))
         assert len(maps) == len(model.feature_info) == 4
-        rows, columns = model.patch_embed.grid_size
-        assert all(
-            m.shape == (2, info["num_chs"], rows, columns) and m.is_contiguous()
-            for m, info in zip(maps, model.feature_info, strict=True)
-        )
-        normed = model.forward_intermediates(x, indices=[-1], norm=True, output_fmt="NLC", intermediates_only=True)[0]
-        middle = rows * columns // 2
-        patches = torch.cat([final[:, :middle], final[:, middle + 1 :]], 1)
-        pairs = model.forward_intermediates(x, indices=1, norm=True, return_prefix_tokens=True)[1]
-        assert_close("class token", pairs[0][1], final[:, middle : middle + 1])
-        assert_close("normed", normed, patches)
+        for i, (m, info) in enumerate(zip(maps, model.feature_info, strict=True)):
+            assert m.shape == (2, info["num_chs"], *map_size(model, i)) and m.is_contiguous()
+        # The last one's norm is the one that `forward_features` ends with.
+        fmt = "NLC" if hasattr(model, "patch_embed") else "NHWC"
+        normed = model.forward_intermediates(x, indices=[-1], norm=True, output_fmt=fmt, intermediates_only=True)[0]
+        if fmt == "NLC":
+            middle = (final.shape[1] - 1) // 2
+            pairs = model.forward_intermediates(x, indices=1, norm=True, return_prefix_tokens=True)[1]
+            assert_close("class token", pairs[0][1], final[:, middle : middle + 1])
+            assert_close("normed", normed, torch.cat([final[:, :middle], final[:, middle + 1 :]], 1))
+        else:
+            assert_close("normed", normed, final)
+            first = model.forward_intermediates(x, norm=True, output_fmt=fmt, intermediates_only=True)[0]
+            assert torch.equal(first.permute(0, 3, 1, 2), maps[0])
         model.set_grad_checkpointing()
     assert_close("checkpointed", model.forward_intermediates(x)[0], final)
-    with pytest.raises(ValueError, match="output_fmt is 'NHWC'"):
-        model.forward_intermediates(x, output_fmt="NHWC")
+    wrong = "NHWC" if fmt == "NLC" else "NLC"
+    with pytest.raises(ValueError, match=f"output_fmt is '{wrong}'"):
+        model.forward_intermediates(x, output_fmt=wrong)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -195,19 +264,23 @@ def test_pruning_keeps_the_taps_and_leaves_nothing_unused(name):
     for index, prune_norm in ((0, False), (last, False), (1, True)):
         with torch.no_grad():
             ran = []
-            hooks = [block.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1)) for block in model.blocks]
+            levels = model.blocks if hasattr(model, "blocks") else model.stages
+            hooks = [level.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1)) for level in levels]
             early = model.forward_intermediates(x, indices=[index], stop_early=True, intermediates_only=True)
             assert torch.equal(early[0], taps[index]) and len(ran) == index + 1
             for hook in hooks:
                 hook.remove()
         pruned = copy.deepcopy(model)
         take = pruned.prune_intermediate_layers([index], prune_norm=prune_norm)
-        assert isinstance(pruned.norm, nn.Identity) == prune_norm
+        # A pyramid's norm has the channels of its last stage.
+        pyramid = not hasattr(model, "blocks")
+        assert isinstance(pruned.norm, nn.Identity) == (prune_norm or (pyramid and index < last))
         features, maps = pruned.forward_intermediates(x, indices=take)
         assert torch.equal(maps[0], taps[index])
         (features.sum() + maps[0].sum()).backward()
         assert not [key for key, p in pruned.named_parameters() if p.grad is None]
-        assert pruned(x).shape == (2, model.patch_embed.num_patches + 1, model.embed_dim)
+        assert pruned(x).shape[-1] == pruned.num_features == model.feature_info[index]["num_chs"]
+        assert pruned(x).ndim == model.forward_features(x).ndim
 
 
 def test_features_only():
@@ -215,6 +288,19 @@ def test_features_only():
     assert model.feature_info.channels() == [32, 32] and model.feature_info.reduction() == [8, 8]
     assert [f.shape for f in model(torch.randn(2, 3, 64, 64))] == [(2, 32, 8, 8)] * 2
     assert len(timm.create_model("test_vim", features_only=True)(torch.randn(1, 3, 32, 32))) == 3
+
+
+@pytest.mark.parametrize("options", [{}, VANILLA], ids=str)
+def test_a_pyramid_of_features_at_any_size(options):
+    model = timm.create_model("test_vmamba", features_only=True, **options)
+    assert model.feature_info.channels() == [8, 16, 32, 64] and model.feature_info.reduction() == [4, 8, 16, 32]
+    maps = model(torch.randn(1, 3, 33, 47))
+    # The first family's patches leave out what is over; all else rounds up.
+    sides = [(8, 11), (4, 6), (2, 3), (1, 2)] if options else [(9, 12), (5, 6), (3, 3), (2, 2)]
+    assert [tuple(f.shape[2:]) for f in maps] == sides
+    pruned = timm.create_model("test_vmamba", features_only=True, out_indices=(0, 2), **options)
+    assert [f.shape[1] for f in pruned(torch.randn(1, 3, 64, 64))] == [8, 32]
+    assert not [key for key, _ in pruned.named_parameters() if "stages.3" in key or "head" in key]
 
 
 @pytest.mark.parametrize("reset", [(7, None), (0, ""), (3, "avg"), (0, "token")])
@@ -241,14 +327,16 @@ def test_a_saved_model_loads_at_another_size_and_number_of_classes(tmp_path):
     assert_close("stem", restored.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True))
 
 
-def test_weights_after_to_empty_are_all_drawn_again():
-    model = build(device="meta", dtype=torch.float64).to_empty(device="cpu").eval()
+@pytest.mark.parametrize("name", ["test_vim", "test_vmamba"])
+def test_weights_after_to_empty_are_all_drawn_again(name):
+    model = build(name, device="meta", dtype=torch.float64).to_empty(device="cpu").eval()
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.fill_(math.nan)
     model.init_weights()
     assert all(p.isfinite().all() for p in model.parameters())
-    limit = 1 / math.sqrt(64 * len(model.blocks))
-    assert 0.9 * limit < model.blocks[0].mixer.out_proj.weight.abs().max() <= limit
+    if name == "test_vim":
+        limit = 1 / math.sqrt(64 * len(model.blocks))
+        assert 0.9 * limit < model.blocks[0].mixer.out_proj.weight.abs().max() <= limit
     assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).isfinite().all()
 
 
