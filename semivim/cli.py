@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = Parser(prog="semivim", description="Convert published weights, label images, publish a training run.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_convert(commands.add_parser("convert", help="turn a published Vim file into a folder that timm loads"))
+    _add_convert(commands.add_parser("convert", help="turn a published file into a folder that timm loads"))
     _add_predict(commands.add_parser("predict", help="print the top-k labels of image files"))
     _add_publish(commands.add_parser("publish", help="upload a run's best model to the Hub and check it"))
     for command in commands.choices.values():

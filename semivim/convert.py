@@ -1,9 +1,10 @@
-"""Turn a published Vim checkpoint into safetensors and a timm config.
+"""Turn a published checkpoint of a model of this package into safetensors and a timm config.
 
 The folder loads with ``timm.create_model("local-dir:OUT_DIR", pretrained=True)`` and can be uploaded as it is.
 """
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,21 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from semivim.hub.model_folder import load_folder
-from semivim.models import Vim, list_models
-from semivim.models.vim_weights import WEIGHTS_ENTRY, checkpoint_filter_fn
+from semivim.models import list_models
+from semivim.models.vim_weights import WEIGHTS_ENTRY
 from semivim.runs.checkpoint import save_model
 from semivim.utils.files import load_weights
 from semivim.utils.user_error import UserError, one_line
 
 
-def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.PathLike, entry: str = "") -> Vim:
+def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.PathLike, entry: str = "") -> nn.Module:
     """Write weights and config, reload them and compare logits before they get their name.
 
     Args:
-        checkpoint: File as hustvl/Vim publishes it, a training state or bare weights.
+        checkpoint: File as its authors publish it, a training state or bare weights.
         model_name: Registered name of the architecture, e.g. ``vim_tiny_patch16_224``.
         folder: Folder to create; it must not exist.
         entry: Entry of the training state to take; empty for the one whose accuracy is published.
@@ -62,9 +64,9 @@ def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.Pat
     return model
 
 
-def _build(model_name: str, state: dict[str, Any], entry: str) -> Vim:
+def _build(model_name: str, state: dict[str, Any], entry: str) -> nn.Module:
     empty: Any = timm.create_model(model_name, device="meta")
-    weights = checkpoint_filter_fn(state, empty, container=entry)
+    weights = sys.modules[type(empty).__module__].checkpoint_filter_fn(state, empty, container=entry)
     key = f"{empty.pretrained_cfg['classifier']}.weight"
     head = weights.get(key, torch.empty(0, 0))
     if head.ndim != 2:

@@ -6,6 +6,7 @@ is read as a dict, without that package.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,14 +42,10 @@ _RENAMED = [
 ]
 
 
-class _Configuration(dict):
-    """Stands for ``yacs.config.CfgNode``, which is a dict with attributes."""
-
-
 @contextmanager
 def released_files() -> Iterator[None]:
-    """Let torch's restricted unpickler read the configuration that the files may hold, as a dict."""
-    with torch.serialization.safe_globals([(_Configuration, "yacs.config.CfgNode")]):
+    """Let torch's restricted unpickler read the configuration of yacs that the files may hold, as a dict."""
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
         yield
 
 

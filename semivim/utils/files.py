@@ -6,6 +6,7 @@ import shutil
 import struct
 import warnings
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 MAX_YAML_ITEMS = 100_000  # a run's args.yaml has about 150
 
+# What published training states hold beside tensors; the dict of the package yacs is read as one, without the package.
+_HARMLESS = [Namespace, (OrderedDict, "yacs.config.CfgNode")]
+
 # What torch's restricted unpickler raises for files that are no checkpoints, found by feeding it damaged ones.
 UNREADABLE = (
     OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
@@ -89,7 +93,8 @@ UNREADABLE = (
 
 
 def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a file of ``torch.save`` without running any code it may hold; an ``argparse.Namespace`` may be inside.
+    """Read a file of ``torch.save`` without running any code it may hold; an ``argparse.Namespace`` or a
+    configuration of yacs may be inside.
 
     Args:
         path: The file.
@@ -102,7 +107,7 @@ def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
             one line names it.
     """
     try:
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says it all
             check_seal(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
