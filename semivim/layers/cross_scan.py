@@ -79,7 +79,7 @@ class SS2D(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Draw the scans' parameters and the convolution again; layers of their own are reset by their owner."""
+        """Draw the scans' own parameters again; the layers have a `reset_parameters` of their own."""
         self._init_scans()
 
     @torch.jit.ignore
@@ -119,12 +119,7 @@ class SS2D(nn.Module):
         b, h, w, d = u.shape
         directions, per_direction = self.x_proj_weight.shape[0], self.x_proj_weight.shape[1]
         # A projection acts on each token alone, so it comes before the columns are gathered.
-        weight = self.x_proj_weight.flatten(0, 1)
-        if torch.jit.is_scripting():
-            dbc = F.linear(u, weight)
-        else:
-            dbc = linear(u, weight)
-        dbc = dbc.view(b, h, w, directions, per_direction)
+        dbc = self.project(u).view(b, h, w, directions, per_direction)
         u = widen(u)
         rows = self.both_ways(u.view(b, h * w, d), dbc[:, :, :, 0::2].reshape(b, h * w, 2, per_direction), 0)
         columns = self.both_ways(
@@ -133,6 +128,13 @@ class SS2D(nn.Module):
             1,
         )
         return rows.view(b, h, w, d) + columns.view(b, w, h, d).transpose(1, 2)
+
+    def project(self, u: Tensor) -> Tensor:
+        """Step sizes of low rank, B and C of all directions, ``(b, h, w, 4 (r + 2n))``."""
+        weight = self.x_proj_weight.flatten(0, 1)
+        if not torch.jit.is_scripting():
+            return linear(u, weight)
+        return F.linear(u, weight)
 
     def both_ways(self, u: Tensor, dbc: Tensor, first: int) -> Tensor:
         """Sum of a scan and its reverse: of the directions ``first`` and ``first + 2``.

@@ -154,7 +154,7 @@ class VMamba(nn.Module):
         dims = [embed_dim << i for i in range(len(depths))]
         self.num_features = dims[-1]
         self.stem = (PatchStem if vanilla else ConvStem)(in_chans, embed_dim, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (dim, of_stage) in enumerate(zip(dims, rates, strict=True)):
             downsample: nn.Module = nn.Identity()
@@ -163,7 +163,7 @@ class VMamba(nn.Module):
             blocks = [Block(dim, ssm_ratio, d_state, vanilla, mlp_ratio, rate, **dd) for rate in of_stage]
             stages.append(Stage(downsample, blocks))
         self.stages = nn.Sequential(*stages)
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"module": f"stages.{i}", "num_chs": dim, "reduction": 4 << i} for i, dim in enumerate(dims)
         ]
         self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-5, **dd)
@@ -204,7 +204,7 @@ class VMamba(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -83,7 +83,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 MAX_YAML_ITEMS = 100_000  # a run's args.yaml has about 150
 
 # What published training states hold beside tensors; the dict of the package yacs is read as one, without the package.
-_HARMLESS = [Namespace, (OrderedDict, "yacs.config.CfgNode")]
+_HARMLESS: list[Any] = [Namespace, (OrderedDict, "yacs.config.CfgNode")]
 
 # What torch's restricted unpickler raises for files that are no checkpoints, found by feeding it damaged ones.
 UNREADABLE = (
@@ -93,8 +93,9 @@ UNREADABLE = (
 
 
 def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a file of ``torch.save`` without running any code it may hold; an ``argparse.Namespace`` or a
-    configuration of yacs may be inside.
+    """Read a file of ``torch.save`` without running any code it may hold.
+
+    An ``argparse.Namespace`` or a configuration of yacs may be inside.
 
     Args:
         path: The file.
