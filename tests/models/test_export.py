@@ -16,9 +16,21 @@ import semivim  # noqa: F401  registers the models
 from tests.tolerance import assert_close
 
 
+# A model of each family, and how many of our ops and of ONNX's Scan nodes it has.
+FAMILIES = {
+    "test_vim": ({"depth": 1}, 2, 1),  # a convolution and a scan of both directions
+    "test_vmamba": ({"depths": (1, 1)}, 4, 4),  # two blocks that scan rows and columns
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
+
+
 @pytest.fixture
-def model():
-    return timm.create_model("test_vim", depth=1, num_classes=10).eval()
+def model(name):
+    return timm.create_model(name, num_classes=10, **FAMILIES[name][0]).eval()
 
 
 def image(batch):
@@ -27,12 +39,12 @@ def image(batch):
 
 def check_compiled(model, backend):
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    x, psi, nu = image(2), torch.rand(2), torch.rand(2)
-    for mix in ((), (psi, nu)):
+    x = image(2)
+    for mix in [(), (torch.rand(2), torch.rand(2))] if getattr(model, "mixes", False) else [()]:
         assert_close("logits", compiled(x, *mix), model(x, *mix))
     weights = list(model.parameters())
-    wanted = torch.autograd.grad(model(x, psi, nu).square().sum(), weights)
-    actual = torch.autograd.grad(compiled(x, psi, nu).square().sum(), weights)
+    wanted = torch.autograd.grad(model(x, *mix).square().sum(), weights)
+    actual = torch.autograd.grad(compiled(x, *mix).square().sum(), weights)
     for (name, _), a, b in zip(model.named_parameters(), actual, wanted, strict=True):
         assert_close(name, a, b, "float32_grad")
 
@@ -47,19 +59,19 @@ def test_compile_with_inductor(model):
     check_compiled(model, "inductor")
 
 
-def test_export_keeps_our_ops_and_the_batch_free(model):
+def test_export_keeps_our_ops_and_the_batch_free(name, model):
     with torch.no_grad():
         program = torch.export.export(model, (image(2),), dynamic_shapes=({0: Dim("batch")},))
         ours = [node for node in program.graph.nodes if str(node.target).startswith("semivim.")]
-        assert len(ours) == 2 * len(model.blocks)
+        assert len(ours) == FAMILIES[name][1]
         x = image(5)
         assert_close("logits", program.module()(x), model(x))
 
 
-def test_onnx_runs_in_onnxruntime_with_one_scan_node_a_block(model, tmp_path):
+def test_onnx_runs_in_onnxruntime_with_a_scan_node_for_each_scan(name, model, tmp_path):
     program = torch.onnx.export(model, (image(2),), dynamo=True, dynamic_shapes=({0: Dim("batch")},), verbose=False)
     nodes = [node.op_type for node in program.model.graph]
-    assert nodes.count("Scan") == len(model.blocks)
+    assert nodes.count("Scan") == FAMILIES[name][2]
     assert {node.domain for node in program.model.graph} == {""}
     program.save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
@@ -92,23 +104,25 @@ def test_forward_mode_differentiation(model):
     torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_symbolic_tracing_and_torchvisions_feature_extraction(model):
+def test_symbolic_tracing_and_torchvisions_feature_extraction(name, model):
     x = image(2)
     assert_close("logits", torch.fx.symbolic_trace(model)(x), model(x))
     nodes, _ = get_graph_node_names(model)
-    assert "blocks.0.add" in nodes
-    features = create_feature_extractor(model, ["blocks.0.add"])(x)["blocks.0.add"]
+    last = {"test_vim": "blocks.0.add", "test_vmamba": "stages.1.blocks.0.add_1"}[name]
+    assert last in nodes
+    features = create_feature_extractor(model, [last])(x)[last]
     assert_close("features", model.norm(features), model.forward_features(x))
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_an_optimizer_of_second_order_steps(model):
     optimizer = create_optimizer_v2(model, opt="adahessian")
-    before = model.blocks[0].mixer.A_log.detach().clone()
+    rates = next(p for key, p in model.named_parameters() if key.endswith(("A_log", "A_logs")))
+    before = rates.detach().clone()
     model(image(2)).square().sum().backward(create_graph=True)
     optimizer.step()
     optimizer.zero_grad()
-    assert not torch.equal(model.blocks[0].mixer.A_log, before)
+    assert not torch.equal(rates, before)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit", "ignore:.*legacy")
