@@ -50,8 +50,9 @@ class ConvStem(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        x = self.act(self.norm1(x))
+        # Channel-last memory, so that the convolution gives the same; by permutations, which vmap knows.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 

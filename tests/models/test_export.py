@@ -15,7 +15,6 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import semivim  # noqa: F401  registers the models
 from tests.tolerance import assert_close
 
-
 # A model of each family, and how many of our ops and of ONNX's Scan nodes it has.
 FAMILIES = {
     "test_vim": ({"depth": 1}, 2, 1),  # a convolution and a scan of both directions
@@ -54,6 +53,7 @@ def test_compile_traces_one_graph_forward_and_backward(model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_vim"])  # of a pyramid it compiles for minutes
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch's Inductor needs a C++ compiler on a CPU")
 def test_compile_with_inductor(model):
     check_compiled(model, "inductor")

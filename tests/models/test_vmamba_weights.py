@@ -88,7 +88,7 @@ def server():
     files = {}
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802  http.server's name
+        def do_GET(self):
             body = files.get(self.path)
             self.send_response(404 if body is None else 200)
             self.send_header("Content-Length", str(len(body or b"")))
