@@ -64,7 +64,7 @@ def test_what_the_user_can_mend_is_one_line(words, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_vmamba"])
 def test_ssmixup_says_that_it_needs_a_vim(name):
     with pytest.raises(UserError, match=f"^--pseudo-mixup ss mixes .* which --model {name} lacks: name a Vim"):
         create(f"--model {name}", ssmixup_c="own", ssmixup_layers=None)
@@ -75,6 +75,11 @@ def test_scope_of_training_is_that_of_the_flag():
     assert trained == ["head.weight", "head.bias"]
     with pytest.raises(UserError, match="--tune-scope ssm trains scans"):
         create("--model test_vit --tune-scope ssm")
+
+
+def test_a_model_of_any_size_gets_its_size_from_the_images():
+    assert create("--model test_vmamba --img-size 48")(torch.zeros(1, 3, 48, 48)).shape == (1, 7)
+    assert create("--model test_vmamba --input-size 1 32 64")(torch.zeros(1, 1, 32, 64)).shape == (1, 7)
 
 
 @pytest.mark.parametrize("words", ["", "--model-kwargs depth=2", "--initial-checkpoint {folder}/w.pth"])
