@@ -10,13 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from semivim.models import list_models
 
-# Top-1 on ImageNet-1k as the README of hustvl/Vim states it; none of it was measured here.
+# Top-1 on ImageNet-1k as hustvl/Vim and MzeroMiko/VMamba state it; none of it was measured here.
 PUBLISHED = {
     "vim_tiny_patch16_224": 76.1,
     "vim_tiny_patch16_stride8_224": 78.3,
     "vim_small_patch16_224": 80.5,
     "vim_small_patch16_stride8_224": 81.6,
     "vim_base_patch16_224": 81.9,
+    "vmamba_tiny_s2l5": 82.5,
+    "vmamba_small_s2l15": 83.6,
+    "vmamba_base_s2l15": 83.9,
+    "vmamba_tiny_s1l8": 82.6,
+    "vmamba_small_s1l20": 83.3,
+    "vmamba_base_s1l20": 83.8,
+    "vanilla_vmamba_tiny": 82.2,
+    "vanilla_vmamba_small": 83.5,
+    "vanilla_vmamba_base": 83.7,
 }
 
 
@@ -37,7 +46,8 @@ def main() -> None:
             model = timm.create_model(name)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         cfg = model.pretrained_cfg
-        tag = f"`{cfg['tag']}`, {cfg['hf_hub_id']}" if cfg.get("hf_hub_id") else "none"
+        source = cfg.get("hf_hub_id") or (cfg.get("origin_url") or "").removeprefix("https://github.com/")
+        tag = f"`{cfg['tag']}`, {source}" if source else "none"
         size = "x".join(map(str, cfg["input_size"]))
         print(f"| `{name}` | {millions:.2f} | {flops(name) / 1e9:.2f} | {size} | {tag} | {PUBLISHED.get(name, '')} |")
 

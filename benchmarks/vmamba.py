@@ -118,25 +118,30 @@ def stage_of(i: int, limits: Limits, repeats: int) -> None:
 
     low = torch.randn(tokens, rank).requires_grad_()
     hidden = torch.randn(BATCH, side, side, 4 * d).requires_grad_()
-    # Name, times, function, its tensors, maps of b h w d read and written by each pass, multiply-adds a token.
+    # Name, times, function, its tensors, maps of b h w d read and written by each pass, multiply-adds a token,
+    # exponentials and logarithms a value of the map in each pass (a pair of scans: decays and softplus twice).
     parts = (
-        ("in_proj, out_proj", 2, linear, [u, weight(d, d)], (2, 5), d * d),
-        ("convolution, SiLU", 1, convolve, [u, torch.randn(d, 1, 3, 3).requires_grad_()], (2, 5), 0),
-        ("x_proj", 1, linear, [u, weight(4 * per_direction, d)], (1, 3), 4 * per_direction * d),
-        ("dt_proj", 4, F.linear, [low, weight(d, rank)], (1, 2), rank * d),
-        ("transposition", 2, transposed, [u], (2, 4), 0),
-        ("scans", 2, scan_pair, pair, (4, 11), 0),
-        ("norms", 3, normalise, [u], (2, 5), 0),
-        ("MLP, in", 1, F.linear, [u, weight(4 * d, d)], (5, 15), 4 * d * d),
-        ("MLP, GELU", 1, F.gelu, [hidden], (8, 20), 0),
-        ("MLP, out", 1, F.linear, [hidden, weight(d, 4 * d)], (5, 15), 4 * d * d),
+        ("in_proj, out_proj", 2, linear, [u, weight(d, d)], (2, 5), d * d, (0, 0)),
+        ("convolution, SiLU", 1, convolve, [u, torch.randn(d, 1, 3, 3).requires_grad_()], (2, 5), 0, (1, 2)),
+        ("x_proj", 1, linear, [u, weight(4 * per_direction, d)], (1, 3), 4 * per_direction * d, (0, 0)),
+        ("dt_proj", 4, F.linear, [low, weight(d, rank)], (1, 2), rank * d, (0, 0)),
+        ("transposition", 2, transposed, [u], (2, 4), 0, (0, 0)),
+        ("scans", 2, scan_pair, pair, (4, 11), 0, (6, 14)),
+        ("norms", 3, normalise, [u], (2, 5), 0, (0, 0)),
+        ("MLP, in", 1, F.linear, [u, weight(4 * d, d)], (5, 15), 4 * d * d, (0, 0)),
+        ("MLP, GELU", 1, F.gelu, [hidden], (8, 20), 0, (4, 12)),
+        ("MLP, out", 1, F.linear, [hidden, weight(d, 4 * d)], (5, 15), 4 * d * d, (0, 0)),
     )
     sums = [0.0] * 4
-    for name, times, function, inputs, moved, products in parts:
+    for name, times, function, inputs, moved, products, exponentials in parts:
         forward_s, total_s = (least_s(call(function, inputs), repeats) for call in (forward_only, both_passes))
         least = [
-            max(maps * tensor / limits.bandwidth, passes * 2 * tokens * products / limits.gemm)
-            for maps, passes in zip(moved, (1, 3), strict=True)
+            max(
+                maps * tensor / limits.bandwidth,
+                passes * 2 * tokens * products / limits.gemm,
+                exps * tensor / 4 / limits.exps,
+            )
+            for maps, passes, exps in zip(moved, (1, 3), exponentials, strict=True)
         ]
         row = [times * x for x in (forward_s, least[0], total_s, least[1])]
         sums = [x + y for x, y in zip(sums, row, strict=True)]
@@ -162,7 +167,8 @@ def main() -> None:
     if not args.stages:
         compare(args.repeats, not args.no_loop)
     limits = Limits(exps_per_s(), copy_bytes_per_s(), gemm_per_s(linear))
-    print(f"\ncopy {limits.bandwidth / 1e9:.1f} GB/s, GEMM {limits.gemm / 1e9:.0f} GFLOP/s")
+    print(f"\n{limits.exps / 1e9:.1f} G exponentials/s,", end=" ")
+    print(f"copy {limits.bandwidth / 1e9:.1f} GB/s, GEMM {limits.gemm / 1e9:.0f} GFLOP/s")
     for i in range(4):
         stage_of(i, limits, 4 * args.repeats)
 
