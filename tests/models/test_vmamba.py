@@ -9,11 +9,14 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 
+import train_ssl
 from semivim.layers import SS2D
 from semivim.models import VMamba
 from semivim.models.vmamba_weights import checkpoint_filter_fn
 from semivim.ops import use_backend
+from semivim.task.semi_supervised import METHODS
 from tests.tolerance import assert_close
+from tests.training import states
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MINI = {"depths": (1, 1, 2, 1), "embed_dim": 16, "num_classes": 10}
@@ -237,3 +240,15 @@ def test_torchvision_trains_a_detector_on_the_pyramid():
     assert all(p.grad is not None for p in model.backbone.body.parameters())
     with torch.no_grad():
         assert {"boxes", "labels", "scores"} <= model.eval()(images)[0].keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_ssl_trains_it_with_every_method(tmp_path, method):
+    flags = ["--model", "test_vmamba", "--img-size", "32", "-b", "4", "-vb", "250", "--epochs", "1"]
+    flags += ["--train-batches-per-epoch", "2", "--warmup-epochs", "0", "--ssl-method", method]
+    flags += [] if method == "supervised" else ["--pseudo-mixup", "none", "--unlabeled-ratio", "1"]
+    result = train_ssl.main([*flags, "--output", str(tmp_path), "--experiment", "run"])
+    assert result["updates"] == 2 and 0 <= result["teacher"]["top1"] <= 100
+    student, teacher = states(tmp_path / "run")
+    key = "stages.1.blocks.0.op.x_proj_weight"
+    assert student[key].isfinite().all() and not torch.equal(student[key], teacher[key])
