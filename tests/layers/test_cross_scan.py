@@ -137,3 +137,9 @@ def test_a_step_bias_below_half_precision_still_counts():
         before = mixer.scan(u)
         mixer.dt_projs_bias.add_(2.0**-10)  # a bfloat16 of 3 has steps of 2**-6
         assert (mixer.scan(u) - before).abs().max() > 0
+
+
+def test_the_norm_is_that_of_the_release_for_small_values_too():
+    mixer, y = make_mixer(), 1e-3 * torch.randn(1, ROWS, COLUMNS, 2 * DIM)
+    scaled = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert_close("y", mixer.normalise(y), scaled * mixer.out_norm.weight + mixer.out_norm.bias)

@@ -171,6 +171,8 @@ def test_initial_weights_are_vmambas():
     for linear in (op.in_proj, op.out_proj, model.head.fc, model.stages[3].downsample.reduction):
         assert 0.019 < linear.weight.std() < 0.021
     assert not model.head.fc.bias.any() and model.stem.conv1.bias.any()
+    for kind in (model, VMamba(embed_dim=8, depths=(1, 1))):
+        assert {module.eps for module in kind.modules() if isinstance(module, nn.LayerNorm)} == {1e-5}
 
 
 def test_stochastic_depth_grows_linearly():
