@@ -10,7 +10,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import split_model_name_tag
 from timm.utils import NativeScaler, ParseKwargs, init_distributed_device
 
 from semivim.flags.data_flags import INTERPOLATIONS
@@ -141,8 +140,6 @@ def _check_model(parser: Parser, args: argparse.Namespace) -> None:
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` beside the number of classes and ``--model-kwargs``."""
     img_size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
-    cfg = timm.get_pretrained_cfg(split_model_name_tag(args.model)[0])
-    takes_any_size = cfg is not None and not cfg.fixed_input_size  # and most such models have no argument for it
     return {
         "pretrained": args.pretrained,
         "pretrained_cfg_overlay": {"file": args.pretrained_path} if args.pretrained_path else None,
@@ -151,7 +148,7 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         "global_pool": args.gp,
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
-        **({"img_size": img_size} if img_size and not takes_any_size else {}),
+        **({"img_size": img_size} if img_size else {}),
     }
 
 
