@@ -164,9 +164,10 @@ class VMamba(nn.Module):
             blocks = [Block(dim, ssm_ratio, d_state, vanilla, mlp_ratio, rate, **dd) for rate in of_stage]
             stages.append(Stage(downsample, blocks))
         self.stages = nn.Sequential(*stages)
-        self.feature_info: list[dict[str, Any]] = [
+        infos: list[dict[str, Any]] = [
             {"module": f"stages.{i}", "num_chs": dim, "reduction": 4 << i} for i, dim in enumerate(dims)
         ]
+        self.feature_info = infos
         self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-5, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd)
         self.head_hidden_size = self.head.num_features
