@@ -57,6 +57,7 @@ from semivim.flags.model_flags import (
     add_device_flags,
     add_ema_flags,
     add_model_flags,
+    classifier_kwargs,
     create_model,
     mixed_precision,
     open_device,
@@ -165,8 +166,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[ImageSource, ImageSource, LabelSplit]:
     """Open training and validation images and draw the label split, or read back the one of a resumed run."""
-    source = open_source(split=args.train_split, **source_kwargs(args))
-    val_source = open_source(split=args.val_split, **source_kwargs(args))
+    opened = partial(open_source, num_classes=args.num_classes, **source_kwargs(args))
+    source, val_source = opened(split=args.train_split), opened(split=args.val_split)
     num_classes = args.num_classes or source.num_classes
     check_sources(source, val_source, args.val_split, num_classes)
     listed, known = source, len(source)
@@ -209,7 +210,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     counts = np.bincount(used[used >= 0], minlength=num_classes).tolist()  # for the many, medium and few groups
 
     # Student
-    model = create_model(args, num_classes, **ssmixup_kwargs(args)).to(device)
+    model = create_model(args, num_classes, **classifier_kwargs(args), **ssmixup_kwargs(args)).to(device)
     data_config = resolve_preprocessing(model, f"--model {args.model}", vars(args))
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
     loader, eval_loader, sample = create_loaders(

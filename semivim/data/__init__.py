@@ -11,6 +11,7 @@ from semivim.data.sources import (
     join_sources,
     open_source,
     open_unlabelled_folder,
+    refuse_shared,
 )
 from semivim.data.ssmixup import (
     MixedBatch,
@@ -49,6 +50,7 @@ __all__ = [
     "open_unlabelled_folder",
     "pair_retained",
     "read_list",
+    "refuse_shared",
     "sample_images",
     "save_split",
     "split_from_lists",

@@ -44,7 +44,7 @@ class EvaluationLoader:
     """Yields every image with its label exactly once, over all ranks together, in each iteration.
 
     Args:
-        source: Images, all with known labels.
+        source: Images, all with known labels unless ``positions`` is given.
         view: A view with ``is_training=False``.
         batch_size: Images of one batch; the last one may be smaller.
         device: Where batches go.
@@ -52,6 +52,7 @@ class EvaluationLoader:
         pin_memory: Load batches into page-locked memory, so that copies to a GPU overlap with computation.
         rank: This process, which gets every ``world_size``-th image.
         world_size: Number of processes.
+        positions: Images to take, ``(n,)``, whose labels are not needed; None for all.
 
     Raises:
         UserError: If an image has no known label.
@@ -67,14 +68,15 @@ class EvaluationLoader:
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        positions: np.ndarray | None = None,
     ) -> None:
         unknown = np.flatnonzero(source.labels < 0)
-        if len(unknown):
+        if positions is None and len(unknown):
             first = source.describe(unknown[0])
             raise UserError(f"{len(unknown)} evaluation images have no label, the first is {first}")
         self.view, self.device = view, torch.device(device)
         self.loader = DataLoader(
-            _Images(source, view, np.arange(rank, len(source), world_size)),
+            _Images(source, view, (np.arange(len(source)) if positions is None else positions)[rank::world_size]),
             batch_size=batch_size,
             num_workers=num_workers,
             pin_memory=pin_memory,

@@ -19,6 +19,7 @@ from timm.utils.misc import natural_key
 
 from semivim.data.image_files import classes_of_files, file_order, find_image_files, is_hidden
 from semivim.data.label_split import UNKNOWN
+from semivim.data.photo_crops import PhotoCrops
 from semivim.data.tar_files import index_tar
 from semivim.data.wds_shards import ShardReader, index_shards
 from semivim.utils.model_options import MAX_CLASSES
@@ -38,7 +39,8 @@ _OPENING_ERRORS = (AssertionError, ImportError, LookupError, OSError, RuntimeErr
 
 _ITERABLE_PREFIXES = ("hfids/", "tfds/")
 _WORKING_SOURCES = (
-    "'' (a folder or .tar with one sub-folder a class), 'torch/<name>', 'hfds/<name>', 'wds/<name>', 'embedded/digits'"
+    "'' (a folder or .tar with one sub-folder a class), 'torch/<name>', 'hfds/<name>', 'wds/<name>', "
+    "'embedded/digits', 'embedded/photos' (no labels)"
 )
 # Options of timm that each kind of data set reads; timm ignores the others, or fails on them.
 _OPTIONS: dict[str, set[str]] = {
@@ -159,7 +161,7 @@ def open_source(
     for name in sorted(set(options) - _OPTIONS[kind]):
         raise UserError(f"{name}={options[name]!r} is not read with dataset {dataset!r}")
     if kind == "embedded":
-        source = _open_digits(dataset, data_dir, split)
+        source = _open_embedded(dataset, data_dir, split)
     else:
         source = _open_timm(kind, dataset, data_dir, split, **options)
     source.rules = rules
@@ -190,8 +192,7 @@ def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, 
     Raises:
         UserError: With the folder that both hold, the first class that differs, or the label that is out of range.
     """
-    if shared := _shared_images(source, val_source):
-        raise UserError(f"images to train on are validation images too: split {val_split!r} shares {shared}")
+    refuse_shared(source, val_source, val_split)
     ours, theirs = source.class_names, val_source.class_names
     if ours and theirs and ours != theirs:
         odd = sorted(set(ours) ^ set(theirs)) or [a for a, b in zip(ours, theirs, strict=True) if a != b]
@@ -210,6 +211,12 @@ def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, 
                 f"{role} label {part.labels[worst]} of {part.describe(worst)} is out of range for "
                 f"--num-classes {wanted}"
             )
+
+
+def refuse_shared(source: ImageSource, val_source: ImageSource, val_split: str) -> None:
+    """Raise UserError where validation images are training images (see :func:`check_sources`)."""
+    if shared := _shared_images(source, val_source):
+        raise UserError(f"images to train on are validation images too: split {val_split!r} shares {shared}")
 
 
 def open_unlabelled_folder(root: str) -> ImageSource:
@@ -465,15 +472,24 @@ _DIGITS_TEST_PER_CLASS = 50
 _DIGITS_PX = 32
 
 
-def _open_digits(dataset: str, data_dir: str | None, split: str) -> ImageSource:
+def _open_embedded(dataset: str, data_dir: str | None, split: str) -> ImageSource:
+    if dataset not in ("embedded/digits", "embedded/photos"):
+        raise UserError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits' or 'embedded/photos'")
+    if data_dir:
+        raise UserError(f"data_dir={data_dir!r} is not read with dataset {dataset!r}")
+    if split not in (*_TRAIN_SPLITS, *_VAL_SPLITS, "test"):
+        raise UserError(f"split {split!r} of {dataset!r} does not exist; wanted 'train' or 'validation'")
+    if dataset == "embedded/photos":
+        crops = PhotoCrops(split in _TRAIN_SPLITS)
+        return ImageSource(crops, np.full(len(crops), UNKNOWN))
+    return _open_digits(split in _TRAIN_SPLITS)
+
+
+def _open_digits(training: bool) -> ImageSource:
     """Open scikit-learn's 8x8 digits, 1,297 to train on and 50 of each class to test on, from a fixed draw.
 
     The digits are enlarged here rather than by the views: an 8-pixel image has only a handful of crops.
     """
-    if dataset != "embedded/digits":
-        raise UserError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits'")
-    if data_dir:
-        raise UserError(f"data_dir={data_dir!r} is not read with dataset {dataset!r}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -484,12 +500,7 @@ def _open_digits(dataset: str, data_dir: str | None, split: str) -> ImageSource:
     for label in range(10):
         members = order[digits.target[order] == label]
         rank[members] = np.arange(len(members))
-    if split in _TRAIN_SPLITS:
-        chosen = np.flatnonzero(rank >= _DIGITS_TEST_PER_CLASS)
-    elif split in (*_VAL_SPLITS, "test"):
-        chosen = np.flatnonzero(rank < _DIGITS_TEST_PER_CLASS)
-    else:
-        raise UserError(f"split {split!r} of 'embedded/digits' does not exist; wanted 'train' or 'validation'")
+    chosen = np.flatnonzero((rank >= _DIGITS_TEST_PER_CLASS) == training)
     small = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
     size = (_DIGITS_PX, _DIGITS_PX)
     pixels = np.stack([np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC)) for digit in small])

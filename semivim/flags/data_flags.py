@@ -96,20 +96,43 @@ def source_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         "trust_remote_code": args.dataset_trust_remote_code,
     }
     given = {name: value for name, value in options.items() if value}
-    return {"dataset": args.dataset, "data_dir": args.data_dir, "num_classes": args.num_classes, **given} | {
-        "rules": pixel_rules(args)
-    }
+    return {"dataset": args.dataset, "data_dir": args.data_dir, "rules": pixel_rules(args), **given}
+
+
+def _crop_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags of every training view, and stochastic depth."""
+    group.add_argument("--train-crop-mode", default=None, choices=["rrc", "rkrc", "rkrr"], help="random crop, else rrc")
+    group.add_argument("--scale", type=POSITIVE, nargs=2, default=[0.08, 1.0], help="share of the area: from, to")
+    group.add_argument("--ratio", type=POSITIVE, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio: from, to")
+    group.add_argument("--hflip", type=SHARE, default=0.5, help="probability of a horizontal flip")
+    group.add_argument("--vflip", type=SHARE, default=0.0, help="probability of a vertical flip")
+    group.add_argument(
+        "--train-interpolation",
+        default="random",
+        choices=["random", *INTERPOLATIONS],
+        metavar="NAME",
+        help=", ".join(["random (bilinear or bicubic)", *INTERPOLATIONS]),
+    )
+    group.add_argument(
+        "--drop-path", type=SHARE_BELOW_ONE, default=None, help="stochastic depth rate, else the model's"
+    )
+
+
+def add_crop_flags(parser: Parser) -> None:
+    """Add the group `Augmentation and regularization parameters` of pretraining."""
+    _crop_flags(parser.add_argument_group("Augmentation and regularization parameters"))
+    parser.checks.append(_check_crop)
+
+
+def _check_crop(parser: Parser, args: argparse.Namespace) -> None:
+    parser.refuse_falling(args, "scale ratio", equal=True)
 
 
 def add_augmentation_flags(parser: Parser) -> None:
     """Add the group `Augmentation and regularization parameters`."""
     group = parser.add_argument_group("Augmentation and regularization parameters (labelled branch)")
     group.add_argument("--no-aug", action="store_true", help="no training augmentation of labelled images")
-    group.add_argument("--train-crop-mode", default=None, choices=["rrc", "rkrc", "rkrr"], help="random crop, else rrc")
-    group.add_argument("--scale", type=POSITIVE, nargs=2, default=[0.08, 1.0], help="share of the area: from, to")
-    group.add_argument("--ratio", type=POSITIVE, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio: from, to")
-    group.add_argument("--hflip", type=SHARE, default=0.5, help="probability of a horizontal flip")
-    group.add_argument("--vflip", type=SHARE, default=0.0, help="probability of a vertical flip")
+    _crop_flags(group)
     group.add_argument("--color-jitter", type=NON_NEGATIVE, default=0.4, help="strength of colour jitter")
     group.add_argument("--color-jitter-prob", type=SHARE, default=None, help="probability of colour jitter, else 1")
     group.add_argument("--grayscale-prob", type=SHARE, default=None, help="probability of grey scale, else 0")
@@ -130,22 +153,12 @@ def add_augmentation_flags(parser: Parser) -> None:
     group.add_argument("--mixup-mode", default="batch", choices=["batch", "pair", "elem"], help="what draws its own")
     group.add_argument("--mixup-off-epoch", type=COUNT_OR_NONE, default=0, help="epoch to stop mixup at, 0 for never")
     group.add_argument("--smoothing", type=SHARE_BELOW_ONE, default=0.1, help="label smoothing")
-    group.add_argument(
-        "--train-interpolation",
-        default="random",
-        choices=["random", *INTERPOLATIONS],
-        metavar="NAME",
-        help=", ".join(["random (bilinear or bicubic)", *INTERPOLATIONS]),
-    )
     group.add_argument("--drop", type=SHARE_BELOW_ONE, default=0.0, help="dropout rate")
-    group.add_argument(
-        "--drop-path", type=SHARE_BELOW_ONE, default=None, help="stochastic depth rate, else the model's"
-    )
     parser.checks.append(_check_augmentation)
 
 
 def _check_augmentation(parser: Parser, args: argparse.Namespace) -> None:
-    parser.refuse_falling(args, "scale ratio", equal=True)
+    _check_crop(parser, args)
     parser.refuse_falling(args, "cutmix_minmax")
     if mixes(args) and args.batch_size % 2:
         parser.error(f"--mixup and --cutmix pair images: --batch-size must be even, got {args.batch_size}")

@@ -45,8 +45,14 @@ def importable(text: str) -> str:
     return text
 
 
-def add_model_flags(parser: Parser, model: str) -> None:
-    """Add the group `Model parameters`; ``model`` is the default of ``--model``."""
+def add_model_flags(parser: Parser, model: str, classifier: bool = True) -> None:
+    """Add the group `Model parameters`.
+
+    Args:
+        parser: The script's parser.
+        model: Default of ``--model``.
+        classifier: Whether the model has classes.
+    """
     group = parser.add_argument_group("Model parameters")
     group.add_argument("--model", default=model, metavar="NAME", help="any timm model name")
     group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
@@ -54,8 +60,9 @@ def add_model_flags(parser: Parser, model: str) -> None:
     group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="load this checkpoint after creation")
     group.add_argument("--resume", default="", metavar="FILE", help="resume from here; auto: from the run folder")
     group.add_argument("--no-resume-opt", action="store_true", help="leave the optimizer's state out when resuming")
-    group.add_argument("--num-classes", type=CLASSES, default=None, help="number of classes, else the data's")
-    group.add_argument("--gp", default=None, metavar="POOL", help="global pool type, else the model's")
+    if classifier:
+        group.add_argument("--num-classes", type=CLASSES, default=None, help="number of classes, else the data's")
+        group.add_argument("--gp", default=None, metavar="POOL", help="global pool type, else the model's")
     group.add_argument("--img-size", type=SIDE_PX, default=None, help="image side in pixels, else the model's")
     group.add_argument("--in-chans", type=Number(kind=int), choices=[1, 3], default=None, help="image channels, else 3")
     group.add_argument(
@@ -145,11 +152,14 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         "pretrained_cfg_overlay": {"file": args.pretrained_path} if args.pretrained_path else None,
         "checkpoint_path": args.initial_checkpoint,
         "in_chans": args.in_chans or (args.input_size[0] if args.input_size else None),
-        "global_pool": args.gp,
-        "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
         **({"img_size": img_size} if img_size else {}),
     }
+
+
+def classifier_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` that only a model with classes reads, beside their number."""
+    return {name: value for name, value in (("global_pool", args.gp), ("drop_rate", args.drop)) if value}
 
 
 def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> torch.nn.Module:

@@ -182,8 +182,8 @@ def create_optimizer(
     return optimizer, scheduler, epochs
 
 
-def add_misc_flags(parser: Parser) -> None:
-    """Add the group `Miscellaneous parameters`."""
+def add_misc_flags(parser: Parser, classifier: bool = True) -> None:
+    """Add the group `Miscellaneous parameters`; ``classifier`` says whether the model has classes."""
     group = parser.add_argument_group("Miscellaneous parameters")
     group.add_argument("--seed", type=SEED, default=42, help="seed of order, augmentation and initialisation")
     group.add_argument("--log-interval", type=COUNT, default=50, help="updates between log lines")
@@ -203,12 +203,13 @@ def add_misc_flags(parser: Parser) -> None:
     group.add_argument("--experiment", default="", metavar="NAME", help="run name under --output, else time and model")
     group.add_argument("--log-wandb", action="store_true", help="log epochs to Weights & Biases as well")
     group.add_argument("--wandb-project", default=None, metavar="NAME", help="Weights & Biases project")
-    group.add_argument(
-        "--eval-metric",
-        default="top1",
-        choices=["top1", "top5", "balanced_acc", "worst_class_recall"],
-        help="metric that picks the best checkpoint",
-    )
+    if classifier:
+        group.add_argument(
+            "--eval-metric",
+            default="top1",
+            choices=["top1", "top5", "balanced_acc", "worst_class_recall"],
+            help="metric that picks the best checkpoint",
+        )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error that is one line otherwise")
     parser.checks.append(_check_misc)
 

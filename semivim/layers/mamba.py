@@ -126,10 +126,10 @@ class BidirectionalMamba(nn.Module):
         # Nested, as TorchScript compiles what stands behind an `and`.
         if not torch.jit.is_scripting():  # noqa: SIM102
             if is_eager(xz) and (psi is None or self.ssmixup_c == "own"):
-                weights = self._weights()
+                weights = self._weights(("", "_b"))
                 if weights is not None:
                     mix = own_readout_weights(self.ssmixup_c, psi, nu)
-                    return self.out_proj(mix_tokens(xz, weights[0], weights[1], mix, 0.5))
+                    return self.out_proj(mix_tokens(xz, weights, [False, True], mix, 0.5))
         u, z = xz.chunk(2, dim=-1)
         u, u_b = self.convolve(u)
         f, g = self.direction(u, False), self.direction(u_b, True)
@@ -137,24 +137,68 @@ class BidirectionalMamba(nn.Module):
         return self.out_proj(add_crossed_readout(y, self.ssmixup_c, f, g, psi, nu))
 
     @torch.jit.ignore
-    def _weights(self) -> tuple[DirectionWeights, DirectionWeights] | None:
-        """Weights between the outer projections; None where a layer must be called to use them."""
+    def one_direction(self, x: Tensor, backward: bool) -> Tensor:
+        """Mix tokens by one direction's parameters, from the first token to the last: no token sees a later one.
+
+        ``y = SiLU(z) (s + D u)``, not halved, as `forward` gives it where both directions agree. Nothing is computed
+        for the other direction.
+
+        Args:
+            x: Tokens, ``(b, l, d)``; for the backward parameters in reversed order, as those see them in `forward`.
+            backward: Whether to use the ``*_b`` parameters.
+
+        Returns:
+            ``(b, l, d)``, in the order of ``x``.
+
+        Source: Ren et al. 2025, "Autoregressive Pretraining with Mamba in Vision" (ARM).
+        """
+        xz = self.in_proj(x)
+        weights = self._weights(("_b" if backward else "",)) if is_eager(xz) else None
+        if weights is not None:
+            return self.out_proj(mix_tokens(xz, weights, [False]))
+        u, z = xz.chunk(2, dim=-1)
+        conv = self.conv1d_b if backward else self.conv1d
+        if is_plain_causal_conv(conv) and conv.bias is not None:
+            (u,) = causal_conv(u, [(conv.weight, conv.bias)], [False])
+        else:
+            u = call_conv(conv, u, False)
+        return self.out_proj(scan([self.direction(u, backward)._replace(reverse=False)], z))
+
+    @torch.jit.ignore
+    def twins(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Return each parameter of the forward direction with that of the backward direction."""
+        layers = ((self.conv1d, self.conv1d_b), (self.x_proj, self.x_proj_b), (self.dt_proj, self.dt_proj_b))
+        of_layers = [pair for f, b in layers for pair in zip(f.parameters(), b.parameters(), strict=True)]
+        return [(self.A_log, self.A_b_log), (self.D, self.D_b), *of_layers]
+
+    @torch.jit.ignore
+    def _weights(self, ends: tuple[str, ...]) -> list[DirectionWeights] | None:
+        """Weights between the outer projections; None where a layer must be called to use them.
+
+        Args:
+            ends: Ending of the names of each direction's parameters.
+        """
         # From the modules' dictionaries: thirty look-ups of attributes would cost as much as the scan of a small block.
         layers, own = self._modules, self._parameters
         directions = []
-        for end, A_log in (("", "A_log"), ("_b", "A_b_log")):
+        for end in ends:
             conv, x_proj, dt_proj = layers["conv1d" + end], layers["x_proj" + end], layers["dt_proj" + end]
             assert conv is not None and x_proj is not None and dt_proj is not None
             if not (is_plain_causal_conv(conv) and is_plain(x_proj, Linear) and is_plain(dt_proj, nn.Linear)):
                 return None
             tensors = (
                 *(conv._parameters["weight"], conv._parameters["bias"], x_proj._parameters["weight"]),
-                *(dt_proj._parameters["weight"], dt_proj._parameters["bias"], own.get(A_log), own.get("D" + end)),
+                *(
+                    dt_proj._parameters["weight"],
+                    dt_proj._parameters["bias"],
+                    own.get(f"A{end}_log"),
+                    own.get("D" + end),
+                ),
             )
             if any(x is None for x in tensors):  # a layer without bias, or a parametrised or pruned parameter
                 return None
             directions.append(DirectionWeights(*tensors))  # type: ignore[arg-type]
-        return directions[0], directions[1]
+        return directions
 
     def __prepare_scriptable__(self) -> "BidirectionalMamba":
         """Refuse TorchScript where a layer must be called: a script cannot ask what a module is, and uses its weights.
@@ -162,7 +206,7 @@ class BidirectionalMamba(nn.Module):
         Raises:
             ValueError: If a layer between the outer projections was replaced, hooked, parametrised or pruned.
         """
-        if self._weights() is None:
+        if self._weights(("", "_b")) is None:
             raise ValueError("the mixer cannot be scripted: a layer of it is replaced, hooked, parametrised or pruned")
         return self
 

@@ -11,6 +11,7 @@ are the same backbone with SSMixup's read-out of the hidden states (Semi-ViM Eq.
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,12 @@ from semivim.layers import (
     remove_middle,
     resample_pos_embed,
 )
-from semivim.models.vim_weights import WEIGHTS_ENTRY, checkpoint_filter_fn, default_cfgs  # noqa: F401  timm reads it
+from semivim.models.vim_weights import (
+    WEIGHTS_ENTRY,
+    checkpoint_filter_fn,
+    default_cfgs,  # noqa: F401  timm reads it
+    fit_pos_embed,
+)
 
 __all__ = ["Vim"]
 
@@ -60,6 +66,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, psi: Tensor | None = None, nu: Tensor | None = None) -> Tensor:
         y = self.mixer(self.norm(x), psi if self.mixes else None, nu if self.mixes else None)
         return x + self.drop_path(y)
+
+    @torch.jit.ignore
+    def one_direction(self, x: Tensor, backward: bool) -> Tensor:
+        """The same with one direction's parameters, causal (see `BidirectionalMamba.one_direction`)."""
+        return x + self.drop_path(self.mixer.one_direction(self.norm(x), backward))
 
 
 class Vim(nn.Module):
@@ -166,6 +177,23 @@ class Vim(nn.Module):
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as torch does, but also those of pretraining, which has no classifier and another image size.
+
+        A position embedding of another grid is resampled around the class token. Where ``state_dict`` holds no weight
+        of the classifier, this one keeps its own; they are still listed as missing.
+        """
+        pos_embed = state_dict.get("pos_embed")
+        if isinstance(pos_embed, Tensor) and pos_embed.shape != self.pos_embed.shape:
+            state_dict = {**state_dict, "pos_embed": fit_pos_embed(pos_embed, self)}
+        headless = not any(name.startswith("head.") for name in state_dict)
+        result = super().load_state_dict(state_dict, strict=strict and not headless, assign=assign)
+        unfit = [*(name for name in result.missing_keys if not name.startswith("head.")), *result.unexpected_keys]
+        if strict and unfit:
+            raise RuntimeError(f"weights do not fit {type(self).__name__} by {len(unfit)} names, such as {unfit[0]}")
+        return result
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

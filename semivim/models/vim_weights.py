@@ -41,7 +41,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any, container: str 
     }
     check_weights(state_dict, model, _HEAD)
     if "pos_embed" in state_dict:
-        state_dict["pos_embed"] = _fit_pos_embed(state_dict["pos_embed"], model)
+        state_dict["pos_embed"] = fit_pos_embed(state_dict["pos_embed"], model)
     return state_dict
 
 
@@ -100,7 +100,7 @@ def named_tensors(weights: Any, where: str) -> dict[str, Tensor]:
     return clean_state_dict(weights)
 
 
-def _fit_pos_embed(pos_embed: Tensor, model: Any) -> Tensor:
+def fit_pos_embed(pos_embed: Tensor, model: Any) -> Tensor:
     """Resample a checkpoint's position embedding to the model's patch grid."""
     if pos_embed.ndim != 3 or pos_embed.shape[1] < 2:
         raise ValueError(f"pos_embed has shape {tuple(pos_embed.shape)}, wanted (1, patches + 1, {model.embed_dim})")

@@ -1,8 +1,8 @@
 """All of Vim's mixer between its outer projections as one differentiable function, for eager mode.
 
-Convolution, projections and scan of both directions, by the same backends as the ops `causal_conv` and `scan`, with one
-autograd node for all: less host time, no masks and sums of gradients of slices, and no step sizes kept for the backward
-(they are cheap to compute again). `semivim.layers.BidirectionalMamba` takes it where `is_eager` says so.
+Convolution, projections and scan of one direction or both, by the same backends as the ops `causal_conv` and `scan`,
+with one autograd node for all: less host time, no masks and sums of gradients of slices, and no step sizes kept for the
+backward (they are cheap to compute again). `semivim.layers.BidirectionalMamba` takes it where `is_eager` says so.
 
 Dimensions: b images, l tokens, e channels, n states, r rank of the step size.
 """
@@ -19,8 +19,6 @@ from .eager import cast, differentiable_gradients
 from .linear import linear
 from .scan import scan
 from .scan_reference import Direction
-
-REVERSE = [False, True]
 
 
 class DirectionWeights(NamedTuple):
@@ -55,23 +53,23 @@ def _direction(u: Tensor, dbc: Tensor, w: DirectionWeights, reverse: bool) -> Di
 
 
 def _forward(
-    xz: Tensor, mix: Tensor | None, scale: float, weights: list[DirectionWeights]
+    xz: Tensor, mix: Tensor | None, scale: float, weights: list[DirectionWeights], reverse: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], tuple[Any, Any]]:
     """Return the output, what the scan saves, u and [dt | B | C] of each direction, and both backends."""
     x, z = xz.chunk(2, -1)
     conv, scan = (choose(op, "auto", xz.device, xz.dtype) for op in ("conv", "scan"))
-    us = conv.forward(x, [(w.conv_weight, w.conv_bias) for w in weights], REVERSE)
+    us = conv.forward(x, [(w.conv_weight, w.conv_bias) for w in weights], reverse)
     dtype = _product_dtype(xz)
     dbcs = [linear(cast(u, dtype), cast(w.x_proj, dtype)) for u, w in zip(us, weights, strict=True)]
-    directions = [_direction(u, dbc, w, back) for u, dbc, w, back in zip(us, dbcs, weights, REVERSE, strict=True)]
+    directions = [_direction(u, dbc, w, back) for u, dbc, w, back in zip(us, dbcs, weights, reverse, strict=True)]
     out, saved = scan.forward(directions, z, mix, scale, True)
     return out, saved, us, dbcs, (conv, scan)
 
 
 def _split(tensors: Sequence[Tensor]) -> list[DirectionWeights]:
-    """Sort tensors by direction, forward first."""
-    half = len(tensors) // 2
-    return [DirectionWeights(*tensors[:half]), DirectionWeights(*tensors[half:])]
+    """Sort tensors by direction."""
+    size = len(DirectionWeights._fields)
+    return [DirectionWeights(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
 
 def _keeps_convolved(xz: Tensor) -> bool:
@@ -84,53 +82,61 @@ def _keeps_convolved(xz: Tensor) -> bool:
 
 class _Mixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, xz: Tensor, mix: Tensor | None, scale: float, *tensors: Tensor) -> Tensor:
-        weights = _split(tensors)
-        out, saved, us, dbcs, ctx.backends = _forward(xz, mix, scale, weights)
-        ctx.scale = scale
-        kept = us if _keeps_convolved(xz) else [None, None]
+    def forward(
+        ctx: Any, xz: Tensor, mix: Tensor | None, scale: float, reverse: list[bool], *tensors: Tensor
+    ) -> Tensor:
+        out, saved, us, dbcs, ctx.backends = _forward(xz, mix, scale, _split(tensors), reverse)
+        ctx.scale, ctx.reverse = scale, reverse
+        kept = us if _keeps_convolved(xz) else [None] * len(us)
         ctx.save_for_backward(xz, mix, saved, *kept, *dbcs, *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors  # read once, as checkpointing wants it
-        xz, mix, saved, *us, dbc, dbc_b = kept[:7]
-        tensors = kept[7:]
+        reverse = ctx.reverse
+        count = len(reverse)
+        xz, mix, saved = kept[:3]
+        us, dbcs, tensors = kept[3 : 3 + count], kept[3 + count : 3 + 2 * count], kept[3 + 2 * count :]
         weights = _split(tensors)
         if torch.is_grad_enabled():  # by create_graph: the gradients are to be differentiated themselves
 
             def by_ops(xz: Tensor, *tensors: Tensor) -> Tensor:
-                return _by_ops(xz, mix, ctx.scale, _split(tensors), dbc.dtype)
+                return _by_ops(xz, mix, ctx.scale, _split(tensors), reverse, dbcs[0].dtype)
 
             dxz, *gradients = differentiable_gradients(by_ops, [xz, *tensors], grad)
-            return dxz, None, None, *gradients
+            return dxz, None, None, None, *gradients
         conv, scan = ctx.backends
         x, z = xz.chunk(2, -1)
-        taps, dbcs = [(w.conv_weight, w.conv_bias) for w in weights], (dbc, dbc_b)
+        taps = [(w.conv_weight, w.conv_bias) for w in weights]
         if not _keeps_convolved(xz):
-            us = conv.forward(x, taps, REVERSE)
-        directions = [_direction(u, dbc, w, back) for u, dbc, w, back in zip(us, dbcs, weights, REVERSE, strict=True)]
+            us = conv.forward(x, taps, reverse)
+        directions = [_direction(u, dbc, w, back) for u, dbc, w, back in zip(us, dbcs, weights, reverse, strict=True)]
         gradients, dz = scan.backward(grad, directions, z, mix, ctx.scale, True, saved)
         dus, of_weights = [], []
         for f, of, dbc, w in zip(directions, gradients, dbcs, weights, strict=True):
             du, dx_proj, ddt_proj = _projections_backward(f, of, dbc, w)
             dus.append(du)
             of_weights.append([dx_proj, ddt_proj, of.delta_bias, cast(of.A * f.A, w.A_log.dtype), of.D])
-        dx, of_conv = conv.backward(dus, x, taps, REVERSE)
+        dx, of_conv = conv.backward(dus, x, taps, reverse)
         flat = [g for pair, rest in zip(of_conv, of_weights, strict=True) for g in (*pair, *rest)]
-        return torch.cat([dx, dz], -1), None, None, *flat
+        return torch.cat([dx, dz], -1), None, None, None, *flat
 
 
 def _by_ops(
-    xz: Tensor, mix: Tensor | None, scale: float, weights: list[DirectionWeights], dtype: torch.dtype
+    xz: Tensor,
+    mix: Tensor | None,
+    scale: float,
+    weights: list[DirectionWeights],
+    reverse: list[bool],
+    dtype: torch.dtype,
 ) -> Tensor:
     """The same output by the registered ops, which can be differentiated twice; `dtype` is that of the projections."""
     x, z = xz.chunk(2, -1)
-    us = causal_conv(x, [(w.conv_weight, w.conv_bias) for w in weights], REVERSE)
+    us = causal_conv(x, [(w.conv_weight, w.conv_bias) for w in weights], reverse)
     directions = [
         _direction(u, linear(cast(u, dtype), cast(w.x_proj, dtype)), w, back)
-        for u, w, back in zip(us, weights, REVERSE, strict=True)
+        for u, w, back in zip(us, weights, reverse, strict=True)
     ]
     return scan(directions, z, mix, scale)
 
@@ -148,7 +154,7 @@ def _projections_backward(
     return du, cast(dx_proj, w.x_proj.dtype), cast(ddt_proj, w.dt_proj.dtype)
 
 
-def _check(xz: Tensor, mix: Tensor | None, *weights: DirectionWeights) -> None:
+def _check(xz: Tensor, mix: Tensor | None, weights: list[DirectionWeights]) -> None:
     """Name what does not fit: the backends read raw memory."""
     b, inner = xz.shape[0], xz.shape[-1] // 2
     for w in weights:
@@ -167,15 +173,15 @@ def _check(xz: Tensor, mix: Tensor | None, *weights: DirectionWeights) -> None:
 
 
 def mix_tokens(
-    xz: Tensor, forward: DirectionWeights, backward: DirectionWeights, mix: Tensor | None = None, scale: float = 1.0
+    xz: Tensor, weights: list[DirectionWeights], reverse: list[bool], mix: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """Convolve, project and scan tokens in both directions.
+    """Convolve, project and scan tokens in one direction or several.
 
     Args:
         xz: Tokens and their gate, ``(b, l, 2e)``: the input projection's output.
-        forward: Weights of the direction from the first token to the last.
-        backward: Weights of the direction from the last token to the first.
-        mix: Weight of each direction's ungated read-out, ``(b, 2)``; no gradient.
+        weights: Weights of each direction.
+        reverse: Whether a direction goes from the last token to the first.
+        mix: Weight of each direction's ungated read-out, ``(b, K)``; no gradient.
         scale: Factor of the sum (see `semivim.ops.scan.scan`).
 
     Returns:
@@ -186,9 +192,9 @@ def mix_tokens(
 
     Source: Zhu et al. 2024 (arXiv:2401.09417), Algorithm 1; Semi-ViM Eq. (14)-(16).
     """
-    _check(xz, mix, forward, backward)
+    _check(xz, mix, weights)
     if xz.numel() == 0:
-        return _by_ops(xz, mix, scale, [forward, backward], _product_dtype(xz))
+        return _by_ops(xz, mix, scale, weights, reverse, _product_dtype(xz))
     if torch.is_grad_enabled():
-        return _Mixer.apply(xz, mix, scale, *forward, *backward)
-    return _forward(xz, mix, scale, [forward, backward])[0]
+        return _Mixer.apply(xz, mix, scale, reverse, *(tensor for w in weights for tensor in w))
+    return _forward(xz, mix, scale, weights, reverse)[0]

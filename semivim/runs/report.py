@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from semivim.runs.run_folder import CURVES, METRICS
 from semivim.utils.files import atomic_path, write_text
 
@@ -54,6 +56,31 @@ def results_table(columns: Mapping[str, Mapping[str, Any]], pseudo_labels: Mappi
         lines.append(f"unlabelled images: {pseudo_labels['seen']:,} seen, {pseudo_labels['kept']:,} kept")
         lines += [pseudo_labels["fault"]] if pseudo_labels["fault"] else []
     return "\n".join(lines)
+
+
+def save_images(path: Path, columns: Sequence[tuple[str, Tensor]]) -> None:
+    """Draw columns of images side by side into one PNG, each under its title.
+
+    Args:
+        path: The file.
+        columns: Title and images of each, ``(rows, c, h, w)``, uint8, 1 or 3 channels.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = len(columns[0][1])
+    figure, axes = plt.subplots(rows, len(columns), figsize=(1.6 * len(columns), 1.6 * rows + 0.3), squeeze=False)
+    for column, (title, images) in enumerate(columns):
+        axes[0, column].set_title(title)
+        for axis, image in zip(axes[:, column], images, strict=True):
+            axis.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+            axis.set_axis_off()
+    figure.tight_layout(pad=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+    plt.close(figure)
 
 
 def save_curves(path: Path, records: Sequence[dict[str, Any]], panels: Sequence[Panel], title: str) -> None:

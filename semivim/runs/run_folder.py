@@ -28,6 +28,7 @@ SUMMARY = "summary.csv"  # a row for each epoch
 RECORDS = "metrics.jsonl"  # a line for each interval and evaluation
 METRICS = "metrics.json"  # results at the end
 CURVES = "curves.png"
+PREDICTIONS = "predictions.png"  # of pretraining, after the last epoch
 WEIGHTS = "model.safetensors"  # the best model, with CONFIG as timm and the Hub name them
 CONFIG = "config.json"
 PIXELS = "semivim_pixel_rules"  # entry of CONFIG, beside timm's

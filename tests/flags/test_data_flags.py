@@ -12,15 +12,14 @@ def parse(words):
     data_flags.add_dataset_flags(parser)
     data_flags.add_augmentation_flags(parser)
     parser.add_argument("--batch-size", type=COUNT, default=128)
-    parser.add_argument("--num-classes", type=COUNT)
     args = parser.parse_args(words.split())
     parser.check(args)
     return args
 
 
 def test_data_set_is_opened_with_what_was_given_only():
-    args = parse("--dataset embedded/digits --num-classes 10")
-    given = {"dataset": "embedded/digits", "data_dir": None, "num_classes": 10}
+    args = parse("--dataset embedded/digits")
+    given = {"dataset": "embedded/digits", "data_dir": None}
     assert data_flags.source_kwargs(args) == given | {"rules": PixelRules((255, 255, 255), None)}
     assert len(open_source(split=args.train_split, **data_flags.source_kwargs(args))) > 1000
     words = "--dataset hfds/x --data-dir d --class-map m --dataset-download --input-key image --target-key label"

@@ -25,7 +25,8 @@ def parse(words):
 
 
 def create(words, **options):
-    return model_flags.create_model(parse(words), num_classes=7, **options)
+    args = parse(words)
+    return model_flags.create_model(args, num_classes=7, **model_flags.classifier_kwargs(args), **options)
 
 
 def test_model_is_the_one_of_the_flags():

@@ -147,10 +147,10 @@ def test_another_default_dtype_changes_nothing():
 @pytest.mark.parametrize("field", DirectionWeights._fields)
 def test_a_weight_of_another_shape_is_named(field):
     mixer, xz = make_mixer(), torch.randn(BATCH, TOKENS, 4 * DIM)
-    forward, backward = mixer._weights()
+    forward, backward = mixer._weights(("", "_b"))
     wrong = getattr(backward, field)[1:]
     with pytest.raises(ValueError, match=r"must be \(.*\), got \(.*\)"):
-        mix_tokens(xz, forward, backward._replace(**{field: wrong}))
+        mix_tokens(xz, [forward, backward._replace(**{field: wrong})], [False, True])
 
 
 def test_second_derivatives_under_autocast():
