@@ -42,7 +42,7 @@ from semivim.data import (
     refuse_shared,
 )
 from semivim.flags.arm_flags import add_arm_flags, arm_kwargs, arm_view_kwargs
-from semivim.flags.data_flags import add_crop_flags, add_dataset_flags, source_kwargs
+from semivim.flags.data_flags import add_augmentation_flags, add_dataset_flags, source_kwargs
 from semivim.flags.model_flags import add_device_flags, add_model_flags, create_model, mixed_precision, open_device
 from semivim.flags.parser import Parser, flag, parse_flags
 from semivim.flags.train_flags import (
@@ -101,7 +101,7 @@ def build_parser() -> Parser:
     add_device_flags(parser)
     add_optimizer_flags(parser)
     add_schedule_flags(parser)
-    add_crop_flags(parser)
+    add_augmentation_flags(parser, classifier=False)
     add_misc_flags(parser, classifier=False)
     add_arm_flags(parser)
     return parser

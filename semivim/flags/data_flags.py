@@ -118,21 +118,24 @@ def _crop_flags(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_crop_flags(parser: Parser) -> None:
-    """Add the group `Augmentation and regularization parameters` of pretraining."""
-    _crop_flags(parser.add_argument_group("Augmentation and regularization parameters"))
+def add_augmentation_flags(parser: Parser, classifier: bool = True) -> None:
+    """Add the group `Augmentation and regularization parameters`; without a ``classifier`` crops and depth only."""
+    where = " (labelled branch)" if classifier else ""
+    group = parser.add_argument_group(f"Augmentation and regularization parameters{where}")
+    _crop_flags(group)
     parser.checks.append(_check_crop)
+    if classifier:
+        _label_flags(group)
+        parser.checks.append(_check_labelled)
 
 
 def _check_crop(parser: Parser, args: argparse.Namespace) -> None:
     parser.refuse_falling(args, "scale ratio", equal=True)
 
 
-def add_augmentation_flags(parser: Parser) -> None:
-    """Add the group `Augmentation and regularization parameters`."""
-    group = parser.add_argument_group("Augmentation and regularization parameters (labelled branch)")
+def _label_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags of labelled images."""
     group.add_argument("--no-aug", action="store_true", help="no training augmentation of labelled images")
-    _crop_flags(group)
     group.add_argument("--color-jitter", type=NON_NEGATIVE, default=0.4, help="strength of colour jitter")
     group.add_argument("--color-jitter-prob", type=SHARE, default=None, help="probability of colour jitter, else 1")
     group.add_argument("--grayscale-prob", type=SHARE, default=None, help="probability of grey scale, else 0")
@@ -154,11 +157,9 @@ def add_augmentation_flags(parser: Parser) -> None:
     group.add_argument("--mixup-off-epoch", type=COUNT_OR_NONE, default=0, help="epoch to stop mixup at, 0 for never")
     group.add_argument("--smoothing", type=SHARE_BELOW_ONE, default=0.1, help="label smoothing")
     group.add_argument("--drop", type=SHARE_BELOW_ONE, default=0.0, help="dropout rate")
-    parser.checks.append(_check_augmentation)
 
 
-def _check_augmentation(parser: Parser, args: argparse.Namespace) -> None:
-    _check_crop(parser, args)
+def _check_labelled(parser: Parser, args: argparse.Namespace) -> None:
     parser.refuse_falling(args, "cutmix_minmax")
     if mixes(args) and args.batch_size % 2:
         parser.error(f"--mixup and --cutmix pair images: --batch-size must be even, got {args.batch_size}")

@@ -150,7 +150,7 @@ class ArmDecoder(nn.Module):
         depth: Number of blocks.
 
     Raises:
-        ValueError: If heads do not divide ``dim``.
+        ValueError: If ``dim`` is none of these.
 
     Source: Ren et al. 2025 (ARM), and its released code for initialisation and norms.
     """
@@ -158,7 +158,7 @@ class ArmDecoder(nn.Module):
     def __init__(self, feature_dim: int, patch_values: int, dim: int = 512, depth: int = 4) -> None:
         super().__init__()
         num_heads = max(1, dim // HEAD_DIM)
-        if dim % num_heads:
+        if dim > HEAD_DIM and dim % HEAD_DIM:
             raise ValueError(f"the decoder's channels are {dim}, wanted a multiple of {HEAD_DIM}, or fewer than that")
         self.dim, self.depth = dim, depth
         self.norms = nn.ModuleList(nn.LayerNorm(feature_dim) for _ in range(4))

@@ -294,3 +294,42 @@ def test_a_hooked_layer_is_not_scripted_away():
     mixer.dt_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="cannot be scripted: a layer of it is replaced, hooked"):
         torch.jit.script(mixer)
+
+
+@pytest.mark.parametrize("direct", (True, False), ids=("direct", "ops"))
+@pytest.mark.parametrize("end", ("", "_b"), ids=("forward", "backward"))
+def test_one_direction_equals_its_states_in_values_and_gradients(monkeypatch, end, direct):
+    if not direct:
+        monkeypatch.setattr(mamba, "is_eager", lambda _: False)
+    mixer = make_mixer().double()
+    x = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
+    h, C, skip, gate = states_of(mixer, x.flip(1) if end else x, end)  # which flips back
+    wanted = mixer.out_proj((gate * (torch.einsum("bnl,benl->bel", C, h) + skip)).transpose(1, 2))
+    y = mixer.one_direction(x, bool(end))
+    assert_close("y", y, wanted, "float64")
+    other = {id(pair[0 if end else 1]) for pair in mixer.twins()}
+    used = {name: p for name, p in mixer.named_parameters() if id(p) not in other}
+    unused = [p for p in mixer.parameters() if id(p) in other]
+    grad = torch.randn_like(wanted)
+    expected = torch.autograd.grad(wanted, [x, *used.values()], grad)
+    actual = torch.autograd.grad(y, [x, *used.values()], grad, retain_graph=True)
+    for name, a, b in zip(["x", *used], actual, expected, strict=True):
+        assert_close(name, a, b, "float64")
+    assert torch.autograd.grad(y.sum(), unused, allow_unused=True) == (None,) * 7
+
+
+def test_twins_are_all_that_a_direction_has_of_its_own():
+    mixer = make_mixer()
+    twins = {id(p) for pair in mixer.twins() for p in pair}
+    shared = [name for name, p in mixer.named_parameters() if id(p) not in twins]
+    assert shared == ["in_proj.weight", "out_proj.weight"]
+    assert all(f is not b and f.shape == b.shape for f, b in mixer.twins())
+
+
+def test_a_hooked_layer_of_one_direction_is_called():
+    mixer, x, seen = make_mixer(), torch.randn(BATCH, TOKENS, DIM), []
+    plain = mixer.one_direction(x, True)
+    for name in ("conv1d", "conv1d_b", "x_proj_b", "dt_proj"):
+        getattr(mixer, name).register_forward_hook(lambda module, *_: seen.append(module))
+    assert_close("y", mixer.one_direction(x, True), plain)
+    assert seen == [mixer.conv1d_b, mixer.x_proj_b]
