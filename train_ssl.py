@@ -102,7 +102,7 @@ from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import user_errors_end_the_program
 
 # What a resumed run may not change, with the flags that set it.
-FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio")} | {
+FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio", "img_size", "input_size")} | {
     "labelled_per_update": "--batch-size x --grad-accum-steps x processes",
     "updates_per_epoch": "--train-batches-per-epoch",
 }

@@ -1,0 +1,272 @@
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import semivim  # noqa: F401
+import train_arm
+import train_ssl
+from semivim.layers import resample_pos_embed
+from tests import training
+from tests.arm_training import TINY, run
+from tests.training import ROOT, refused
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An unbroken run of six updates in two epochs."""
+    folder = tmp_path_factory.mktemp("arm") / "whole"
+    return folder, run(folder)
+
+
+def test_run_folder_holds_everything(whole):
+    folder, results = whole
+    names = {path.name for path in folder.iterdir()}
+    wanted = {"args.yaml", "summary.csv", "metrics.jsonl", "metrics.json", "curves.png", "predictions.png"}
+    assert wanted | {"last.pth.tar", "model_best.pth.tar", "model.safetensors", "config.json", "best.json"} <= names
+    assert not [name for name in names if "tmp" in name]
+    stored = json.loads((folder / "metrics.json").read_text())
+    assert stored == results
+    assert stored["pretraining"]["directions"] == "forward"
+    assert stored["pretraining"]["images"] > 1000
+    assert stored["pretraining"]["loss_of_zero"] == pytest.approx(191 / 192, abs=1e-3)
+    assert stored["best"]["loss"] == min(float(row["eval_loss"]) for row in rows(folder))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["update"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["epoch"] for r in records if "held_out_loss" in r] == [0, 1]
+    with Image.open(folder / "predictions.png") as picture:
+        assert picture.size[0] > 500
+        assert len(set(picture.convert("L").tobytes())) > 50
+    assert train_arm.parse_args(["-c", str(folder / "args.yaml")]).model == "test_vim"
+
+
+def rows(folder):
+    return list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+
+
+def test_learning_rate_is_arms(tmp_path):
+    """0 at first, the base rate times images / 256 after the warm-up, the least at the end; per update."""
+    flags = ["--warmup-epochs", 1, "--epochs", 2, "--train-batches-per-epoch", 4, "--grad-accum-steps", 2]
+    run(tmp_path / "run", *flags, "--lr-base", 0.03, "--min-lr", 1e-5, "--val-interval", 9)
+    args = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert args["lr"] == pytest.approx(0.03 * 4 * 2 / 256)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [r["lr"] for r in records if "lr" in r]  # after each update
+    assert len(rates) == 12  # the warm-up comes before the epochs
+    assert rates[:4] == pytest.approx([args["lr"] * share for share in (0.25, 0.5, 0.75, 1)])
+    assert rates[-1] == pytest.approx(1e-5)
+    middle = 1e-5 + (args["lr"] - 1e-5) * (1 + math.cos(math.pi / 2)) / 2
+    assert rates[7] == pytest.approx(middle)
+
+
+def test_recipe_is_arms_and_its_groups_decay_matrices_only():
+    args = train_arm.parse_args(["--data-dir", "x"])
+    assert (args.opt, args.opt_betas, args.weight_decay, args.clip_grad) == ("adamw", [0.9, 0.95], 0.05, 3.0)
+    assert (args.img_size, args.cluster, args.epochs + args.warmup_epochs) == (192, 4, 300)
+    assert (args.scale, args.train_interpolation, args.drop_path) == ([0.2, 1.0], "bicubic", None)
+    model = train_arm.create_arm(train_arm.parse_args(TINY))
+    optimizer, *_ = train_arm.create_optimizer(args, model, 10, 2048)
+    assert args.lr == pytest.approx(1.2e-3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    assert groups.keys() == {0.0, 0.05}
+    prefix = "backbone.blocks.0.mixer."
+    assert {f"{prefix}{name}" for name in ("A_log", "conv1d.weight", "dt_proj.weight")} <= groups[0.05]
+    assert "decoder.token" in groups[0.05]
+    assert {f"{prefix}{name}" for name in ("D", "dt_proj.bias", "conv1d.bias")} <= groups[0.0]
+    assert groups[0.0] | groups[0.05] == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_gradients_are_clipped(tmp_path, monkeypatch):
+    clips, step = [], train_arm.optimizer_step
+
+    def spy(*args, clip, **options):
+        clips.append(clip)
+        return step(*args, clip=clip, **options)
+
+    monkeypatch.setattr(train_arm, "optimizer_step", spy)
+    run(tmp_path / "run", "--epochs", 1)
+    assert clips == [{"clip_grad": 3.0, "clip_mode": "norm"}] * 3
+
+
+# Export
+
+
+def test_export_holds_all_but_the_head(whole):
+    folder, _ = whole
+    weights = load_file(folder / "model.safetensors")
+    classifier = timm.create_model("test_vim", num_classes=5)
+    assert set(classifier.state_dict()) - set(weights) == {"head.weight", "head.bias"}
+    assert set(weights) <= set(classifier.state_dict())
+    for block in range(4):
+        prefix = f"blocks.{block}.mixer."
+        for forward, backward in (("x_proj.weight", "x_proj_b.weight"), ("A_log", "A_b_log"), ("D", "D_b")):
+            assert torch.equal(weights[prefix + forward], weights[prefix + backward])
+
+
+def test_both_directions_train_apart(tmp_path):
+    run(tmp_path / "run", "--directions", "both")
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert not torch.equal(weights["blocks.1.mixer.x_proj.weight"], weights["blocks.1.mixer.x_proj_b.weight"])
+
+
+def test_export_loads_into_timm_with_and_without_classes(whole):
+    folder, _ = whole
+    weights = load_file(folder / "model.safetensors")
+    file, images = str(folder / "model.safetensors"), torch.randn(2, 3, 32, 32)
+    models = [
+        timm.create_model("test_vim", num_classes=5, checkpoint_path=file),
+        timm.create_model("test_vim", num_classes=0, checkpoint_path=file),
+        timm.create_model(f"local-dir:{folder}", pretrained=True),
+        timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5),
+    ]
+    features = [model.eval().forward_features(images) for model in models]
+    assert all(torch.equal(other, features[0]) for other in features[1:])
+    for model in models:
+        assert torch.equal(model.blocks[3].mixer.in_proj.weight, weights["blocks.3.mixer.in_proj.weight"])
+    assert [model.num_classes for model in models] == [5, 0, 0, 5]
+
+
+def test_position_embedding_is_resized_around_the_class_token(whole):
+    folder, _ = whole
+    pos_embed = load_file(folder / "model.safetensors")["pos_embed"]
+    wanted = resample_pos_embed(pos_embed, (6, 6), (4, 4))
+    for model in (
+        timm.create_model("test_vim", num_classes=5, img_size=48, checkpoint_path=str(folder / "model.safetensors")),
+        timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=48),
+    ):
+        assert torch.equal(model.pos_embed, wanted)
+    assert torch.equal(wanted[0, 18], pos_embed[0, 8])  # the class token's, in the middle of both
+
+
+def test_train_ssl_goes_on_from_the_export(whole, tmp_path):
+    folder, _ = whole
+    flags = ["--initial-checkpoint", folder / "model.safetensors", "--img-size", "48", "--epochs", "1"]
+    flags += ["--ssl-method", "supervised", "--in-chans", "3", "--mean", "0.5", "--std", "0.5"]
+    results = training.run(tmp_path / "run", *flags, "--gp", "avg")
+    assert results["updates"] == 3
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = next(r["loss_labelled"] for r in records if "loss_labelled" in r)
+    assert 1 < first < 6  # ln 10 = 2.3 where the logits keep their scale
+    args = train_ssl.parse_args(["-c", str(tmp_path / "run" / "args.yaml")])
+    model = train_ssl.create_model(args, 10, **train_ssl.classifier_kwargs(args))
+    assert torch.equal(model.cls_token, load_file(folder / "model.safetensors")["cls_token"])
+
+
+# Data
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Class folders of four training images and two to validate, and a heap of three images without classes."""
+    for index in range(9):
+        name = ("train/cat", "train/dog", "train/cat", "train/dog", "validation/cat", "validation/dog")
+        folder = tmp_path / (name[index] if index < 6 else "heap/deep")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 20 + 10 * index).convert("RGB").save(folder / f"{index}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        (["--data-dir", "."], 4),
+        (["--data-dir", ".", "--unlabeled-dir", "heap"], 7),
+        (["--unlabeled-dir", "heap"], 2),
+    ],
+    ids=["classes", "classes and heap", "heap"],
+)
+def test_images_need_no_labels(flags, count, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    extra = ["--lr", "1e-3", "--train-batches-per-epoch", "1", "--epochs", "1", "--workers", "0"]
+    results = run(tmp_path / "run", *flags, *extra)
+    assert results["pretraining"]["images"] == count
+    assert results["pretraining"]["loss"] > 0
+
+
+def test_unreadable_images_are_skipped_and_counted(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    (images / "train" / "cat" / "0.png").write_bytes(b"no image")
+    results = run(tmp_path / "run", "--data-dir", ".", "--workers", "0")
+    assert list(results["unreadable_images"]) == ["./train/cat/0.png"]
+
+
+BAD = [
+    (["--model", "resnet18"], r"backbone is a ResNet, wanted a Vim"),
+    (["--img-size", "56", "--cluster", "4"], r"cluster is 4, wanted a divisor of the grid 7 x 7"),
+    (["--dec-dim", "100"], r"channels are 100, wanted a multiple of 64"),
+    (["--unlabeled-dir", "no-such-folder"], r"no-such-folder"),
+    (["--model", "vim_nonesuch"], r"vim_nonesuch"),
+    (["--amp"], r"--amp-dtype float16 needs a GPU"),
+    (["--directions", "both", "-b", "1"], r"--batch-size must be 2 or more, got 1"),
+    (["--sched", "plateau"], r"plateau steps every epoch"),
+    (["--num-classes", "5"], r"unrecognized arguments: --num-classes 5"),
+    (["--resume", "nowhere/last.pth.tar"], r"no checkpoint at nowhere/last\.pth\.tar"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_line_before_training(flags, message, tmp_path, capsys):
+    with refused(message, capsys):
+        run(tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_demo_values_make_way_for_what_is_given():
+    assert train_arm.parse_args([]).lr == train_arm.DEMO["lr"]
+    assert train_arm.parse_args(["--lr-base", "1e-3"]).lr is None
+    args = train_arm.parse_args(["--input-size", "3", "64", "48"])
+    assert args.img_size is None and args.cluster == 2
+    assert train_arm.parse_args(["--data-dir", "x", "--input-size", "3", "64", "48"]).img_size is None
+
+
+def test_bfloat16_runs(tmp_path):
+    assert run(tmp_path / "run", "--amp", "--amp-dtype", "bfloat16", "--epochs", 1)["pretraining"]["loss"] < 2
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist, train_arm
+
+step, seen = train_arm.optimizer_step, []
+
+def checked_step(task, batches, *args, **options):
+    seen.append(batches[0][0].views[0].sum().item())
+    result = step(task, batches, *args, **options)
+    mine = torch.cat([p.detach().flatten() for p in task.model.parameters()])
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(mine, first), f"weights of rank {dist.get_rank()} differ"
+    return result
+
+destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+train_arm.optimizer_step = checked_step
+results = train_arm.main(sys.argv[1:])
+parts = [None] * dist.get_world_size()
+dist.all_gather_object(parts, (seen, results["pretraining"]["loss"]))
+assert not set(parts[0][0]) & set(parts[1][0]), "ranks train on the same images"
+assert parts[0][1] == parts[1][1], "ranks evaluate apart"
+destroy()
+"""
+
+
+@pytest.mark.parametrize("directions", ["forward", "both"])
+def test_two_processes_train_one_model(directions, tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    flags = [*TINY, "--output", str(tmp_path), "--experiment", "run", "--device", "cpu", "--directions", directions]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(tmp_path / "ranks.py"), *flags, "--epochs", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["updates"] == 3
