@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_imports_follow_the_layers(path):
         if top == "semivim" and len(parts) > 1 and name != "semivim":
             target = name.split(".")[1]
             assert target in LAYERS[parts[0]], f"{'/'.join(parts)} imports {name}"
-        assert top not in ("train_ssl", "hubconf", "tests"), f"{path.name} imports {name}"
+        assert top not in ("train_ssl", "train_arm", "hubconf", "tests"), f"{path.name} imports {name}"
 
 
 def test_no_file_is_over_500_lines_and_no_script_over_its_limit():
@@ -122,19 +123,37 @@ class Recorder:
         return getattr(self._args, name)
 
 
-def test_every_flag_is_read_and_every_read_is_a_flag():
-    import train_ssl
+def functions(path: Path) -> dict[str, ast.FunctionDef]:
+    tree = ast.parse(path.read_text())
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
-    declared = {a.dest for a in train_ssl.build_parser()._actions} - {"help"}
+
+def called_from(script: Path) -> list[ast.FunctionDef]:
+    """Functions of a script and those of the flags that it calls, and these call in turn; checks left out."""
+    own = functions(script)
+    of_flags = {k: f for path in (ROOT / "semivim" / "flags").glob("*.py") for k, f in functions(path).items()}
+    found, new = {}, own
+    while new:
+        found |= new
+        names = {n.id for f in new.values() for n in ast.walk(f) if isinstance(n, ast.Name)} - set(found)
+        new = {k: f for k, f in of_flags.items() if k in names and not k.startswith("_check")}
+    return list(found.values())
+
+
+SCRIPTS = ["train_ssl", "train_arm"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_read_and_every_read_is_a_flag(name):
+    script = importlib.import_module(name)
+    declared = {a.dest for a in script.build_parser()._actions} - {"help"}
     read = {
         node.attr
-        for path in (ROOT / "train_ssl.py", *(ROOT / "semivim" / "flags").glob("*.py"))
-        for function in ast.walk(ast.parse(path.read_text()))
-        if isinstance(function, ast.FunctionDef) and not function.name.startswith("_check")
+        for function in called_from(ROOT / f"{name}.py")
         for node in ast.walk(function)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     } - {"config"}
-    recorder = Recorder(train_ssl.parse_args([]))
+    recorder = Recorder(script.parse_args([]))
     optimizer_kwargs(recorder)
     scheduler_kwargs(recorder)
     by_timm = recorder._read | {"mean", "std", "crop_pct", "interpolation"}  # resolve_input_data_config
@@ -143,8 +162,8 @@ def test_every_flag_is_read_and_every_read_is_a_flag():
     assert read - declared - by_init == set(), "read, declared nowhere"
 
 
-def test_demo_values_are_what_flags_would_give():
-    import train_ssl
-
-    args = vars(train_ssl.parse_args([]))
-    assert {key: args[key] for key in train_ssl.DEMO} == train_ssl.DEMO
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_demo_values_are_what_flags_would_give(name):
+    script = importlib.import_module(name)
+    args = vars(script.parse_args([]))
+    assert {key: args[key] for key in script.DEMO} == script.DEMO
