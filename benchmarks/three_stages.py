@@ -6,10 +6,10 @@
 DIR is torchvision's layout (see ssl_methods.py). Every stage is a run of train_arm.py or train_ssl.py. Stage 1 sees
 the images of the split without their labels (600 updates of 32), stage 2 trains on the labels (400 of 16), stage 3 goes
 on with pseudo-labels of the unlabelled images (200 of 16 and 48). ``none`` spends the updates of stage 1 on labels in
-stage 2, so that it takes as many in all; ``none, short`` leaves them out. A linear probe on the mean of the patch tokens
-says what stage 1 alone has learned, beside that of a random backbone. Each finished run of all stages appends its rows
-to a CSV file and is not repeated; a killed one goes on where its stages stopped. --summarise prints the tables as
-Markdown and draws the figure.
+stage 2, so that it takes as many in all; ``none, short`` leaves them out. A linear probe on the mean of the patches'
+tokens says what stage 1 alone has learned, beside that of a random backbone. Each finished run of all stages appends
+its rows to a CSV file and is not repeated; a killed one goes on where its stages stopped. --summarise prints the tables
+as Markdown and draws the figure.
 """
 
 import argparse

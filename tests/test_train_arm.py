@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import semivim  # noqa: F401
 import train_arm
 import train_ssl
+from semivim.hub.hub import publish
 from semivim.layers import resample_pos_embed
 from tests import training
 from tests.arm_training import TINY, run
@@ -160,6 +161,12 @@ def test_train_ssl_goes_on_from_the_export(whole, tmp_path):
     args = train_ssl.parse_args(["-c", str(tmp_path / "run" / "args.yaml")])
     model = train_ssl.create_model(args, 10, **train_ssl.classifier_kwargs(args), **train_ssl.ssmixup_kwargs(args))
     assert torch.equal(model.cls_token, load_file(folder / "model.safetensors")["cls_token"])
+
+
+def test_run_can_be_published(whole):
+    folder, results = whole
+    publication = publish(folder, "org/arm", dry_run=True)
+    assert f"| published, epoch {results['best']['epoch']} | {results['best']['loss']:.4f} |" in publication.card
 
 
 # Data

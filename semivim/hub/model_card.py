@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from semivim.hub.arm_card import arm_card, check_pretraining, is_pretraining
 from semivim.hub.markdown import bullets, inert, plain, table
 from semivim.hub.model_folder import read_config, read_mapping
 from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, SUMMARY, WEIGHTS
@@ -98,7 +99,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a folder written by train_ssl.py.
+    """Read a folder written by train_ssl.py or train_arm.py.
 
     Args:
         folder: The run folder.
@@ -108,7 +109,9 @@ def read_run(folder: Path) -> Run:
     """
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"run_dir: wanted a finished run of train_ssl.py, {folder} lacks {', '.join(missing)}")
+        raise UserError(
+            f"run_dir: wanted a finished run of train_ssl.py or train_arm.py, {folder} lacks {', '.join(missing)}"
+        )
     where = f"run_dir: {folder}"
     args = read_mapping(folder / ARGS, load_yaml, where)
     if odd := [key for key in args if not (isinstance(key, str) and re.fullmatch(r"[a-z][a-z0-9_]*", key))]:
@@ -120,7 +123,10 @@ def read_run(folder: Path) -> Run:
     if names is not None and len(names) != config["num_classes"]:
         raise UserError(f"{where}: {CONFIG}: wanted {config['num_classes']} label_names, got {short(names)}")
     metrics = read_mapping(folder / METRICS, json.loads, where)
-    _check_metrics(metrics, config["num_classes"], where)
+    if is_pretraining(metrics):
+        check_pretraining(metrics, where)
+    else:
+        _check_metrics(metrics, config["num_classes"], where)
     try:
         with (folder / SUMMARY).open(newline="", encoding="utf-8") as file:
             epochs = len(list(csv.DictReader(file)))
@@ -235,6 +241,8 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
     Returns:
         Markdown with the Hub's YAML head.
     """
+    if is_pretraining(run.metrics):
+        return arm_card(run.config, run.metrics, *public_args(run.args), repo_id, revision, version, license_id)
     architecture, split = run.config["architecture"], run.metrics["split"]
     terms = f"{license_id}, for the weights." if license_id else "None is stated for the weights: ask their publisher."
     args, local = public_args(run.args)

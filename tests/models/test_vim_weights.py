@@ -202,3 +202,45 @@ def test_a_published_file_on_disk_is_read_too(tmp_path):
     overlay = {"file": str(path), "num_classes": 5}
     model = timm.create_model("vim_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     assert all(torch.equal(value, sources[1].state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_without_a_classifier_load_and_leave_the_head(model):
+    weights = {name: torch.randn_like(w) for name, w in model.state_dict().items() if not name.startswith("head.")}
+    head = model.head.weight.clone()
+    result = model.load_state_dict(weights)
+    assert (set(result.missing_keys), result.unexpected_keys) == ({"head.weight", "head.bias"}, [])
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.blocks[0].mixer.D, weights["blocks.0.mixer.D"])
+
+
+@pytest.mark.parametrize("change", ["lacks", "has more"])
+def test_weights_without_a_classifier_must_hold_everything_else_and_nothing_more(change, model):
+    weights = {name: w for name, w in model.state_dict().items() if not name.startswith("head.")}
+    named = "odd" if change == "has more" else "blocks.0.mixer.D"
+    if change == "has more":
+        weights[named] = torch.zeros(1)
+    else:
+        del weights[named]
+    with pytest.raises(RuntimeError, match=f"by 1 names, such as {named}"):
+        model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)
+
+
+def test_half_a_classifier_is_refused(model):
+    weights = model.state_dict()
+    del weights["head.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"head.bias\""):
+        model.load_state_dict(weights)
+
+
+def test_a_position_embedding_of_another_grid_is_resampled_around_the_class_token():
+    source, target = Vim(img_size=192, **SMALL), Vim(img_size=224, **SMALL)
+    target.load_state_dict(source.state_dict())
+    pos_embed = source.pos_embed.detach()
+    patches = torch.cat([pos_embed[:, :72], pos_embed[:, 73:]], 1).reshape(1, 12, 12, -1).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.interpolate(patches, (14, 14), mode="bicubic", antialias=True).flatten(2).mT
+    assert torch.equal(target.pos_embed[:, 98], pos_embed[:, 72])
+    torch.testing.assert_close(target.pos_embed[:, [*range(98), *range(99, 197)]], wanted)
+    same = Vim(img_size=192, **SMALL)
+    same.load_state_dict(source.state_dict())
+    assert torch.equal(same.pos_embed, source.pos_embed)

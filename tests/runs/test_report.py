@@ -1,8 +1,9 @@
 import json
 
+import torch
 from PIL import Image
 
-from semivim.runs.report import Panel, results_table, save_curves, write_report
+from semivim.runs.report import Panel, results_table, save_curves, save_images, write_report
 
 PANELS = [Panel("loss", ["loss_labelled"]), Panel("V", ["v", "guard_rate"], "symlog"), Panel("alpha", ["alpha"])]
 
@@ -40,3 +41,16 @@ def test_report_writes_results_and_picture_of_any_run(tmp_path):
     write_report(tmp_path, {"loss": 0.25}, records, [Panel("loss", ["loss"])], "pretraining")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"loss": 0.25}
     assert (tmp_path / "curves.png").exists()
+
+
+def test_images_stand_in_columns_under_their_titles(tmp_path):
+    red, grey = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 1, 8, 8), 128, dtype=torch.uint8)
+    red[:, 0] = 255
+    save_images(tmp_path / "images.png", [("red", red), ("grey", grey)])
+    with Image.open(tmp_path / "images.png") as picture:
+        pixels = picture.convert("RGB")
+    width, height = pixels.size
+    for row in (0.35, 0.75):
+        assert pixels.getpixel((width // 4, int(row * height))) == (255, 0, 0)
+        assert pixels.getpixel((3 * width // 4, int(row * height))) == (128, 128, 128)
+    assert [path.name for path in tmp_path.iterdir()] == ["images.png"]
