@@ -86,7 +86,7 @@ RECIPE: dict[str, Any] = {
 DEMO: dict[str, Any] = {
     "dataset": "embedded/photos", "model": "semivim_pico", "img_size": 64, "model_kwargs": {"patch_size": 8},
     "cluster": 2, "dec_dim": 128, "dec_depth": 2, "batch_size": 32, "lr": 2e-3, "epochs": 10, "warmup_epochs": 2,
-    "scale": [0.3, 1.0], "workers": 0, "log_interval": 20, "checkpoint_hist": 2,
+    "scale": [0.3, 1.0], "workers": 0, "log_interval": 5, "checkpoint_hist": 2,
 }  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def open_data(args: argparse.Namespace) -> tuple[ImageSource, np.ndarray, ImageS
     """Open the images to train on and those held out; each a source and its positions."""
     heap = open_unlabelled_folder(args.unlabeled_dir) if args.unlabeled_dir else None
     if heap and not (args.dataset or args.data_dir):
+        heap.rules = source_kwargs(args)["rules"]
         held_out = np.arange(len(heap)) % HELD_OUT == 0
         if len(heap) == 1:
             raise UserError(f"--unlabeled-dir {args.unlabeled_dir} holds one image, wanted one more to evaluate on")

@@ -158,6 +158,12 @@ def test_train_ssl_goes_on_from_the_export(whole, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first = next(r["loss_labelled"] for r in records if "loss_labelled" in r)
     assert 1 < first < 6  # ln 10 = 2.3 where the logits keep their scale
+    torch.manual_seed(0)
+    file, images = str(folder / "model.safetensors"), torch.randn(8, 3, 32, 32)
+    pretrained, scratch = (
+        timm.create_model("test_vim", num_classes=10, checkpoint_path=path).eval()(images).std() for path in (file, "")
+    )
+    assert 0.2 < pretrained / scratch < 5  # the copied directions do not add up
     args = train_ssl.parse_args(["-c", str(tmp_path / "run" / "args.yaml")])
     model = train_ssl.create_model(args, 10, **train_ssl.classifier_kwargs(args), **train_ssl.ssmixup_kwargs(args))
     assert torch.equal(model.cls_token, load_file(folder / "model.safetensors")["cls_token"])
@@ -198,6 +204,15 @@ def test_images_need_no_labels(flags, count, images, tmp_path, monkeypatch):
     results = run(tmp_path / "run", *flags, *extra)
     assert results["pretraining"]["images"] == count
     assert results["pretraining"]["loss"] > 0
+
+
+def test_a_heap_is_read_by_the_flags_of_pixels(images, monkeypatch):
+    monkeypatch.chdir(images)
+    source, train, _, held_out = train_arm.open_data(
+        train_arm.parse_args(["--unlabeled-dir", "heap", "--alpha-background", "black", "--max-value", "4095"])
+    )
+    assert (source.rules.alpha_background, source.rules.max_value) == ((0, 0, 0), 4095)
+    assert (train.tolist(), held_out.tolist()) == ([1, 2], [0])
 
 
 def test_unreadable_images_are_skipped_and_counted(images, tmp_path, monkeypatch):

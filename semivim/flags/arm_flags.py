@@ -31,6 +31,8 @@ def add_arm_flags(parser: Parser) -> None:
 def _check_arm(parser: Parser, args: argparse.Namespace) -> None:
     if args.directions == "both" and args.batch_size < 2:
         parser.error(f"--directions both halves a batch: --batch-size must be 2 or more, got {args.batch_size}")
+    if args.layer_decay is not None:
+        parser.error(f"--layer-decay is for fine-tuning, whose lower layers are trained: got {args.layer_decay:g}")
 
 
 def arm_kwargs(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from semivim.data import View
 from semivim.flags import arm_flags
 from semivim.flags.data_flags import add_augmentation_flags
 from semivim.flags.parser import COUNT, Parser
+from semivim.flags.train_flags import add_optimizer_flags
 
 
 def parse(words):
     parser = Parser(prog="train", allow_abbrev=False)
     add_augmentation_flags(parser, classifier=False)
     arm_flags.add_arm_flags(parser)
+    add_optimizer_flags(parser)
     parser.add_argument("--batch-size", type=COUNT, default=128)
     args = parser.parse_args(words.split())
     parser.check(args)
@@ -40,6 +42,7 @@ def test_views_are_crops_and_flips_only():
         ("--directions both --batch-size 1", "--batch-size must be 2 or more, got 1"),
         ("--directions backward", "invalid choice: 'backward'"),
         ("--scale 1 0.2", "wanted rising values, got 1 0.2"),
+        ("--layer-decay 0.8", "--layer-decay is for fine-tuning"),
         ("--mixup 0.8", "unrecognized arguments: --mixup 0.8"),
     ],
 )
