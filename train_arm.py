@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from timm.data import resolve_input_data_config
 from timm.utils import is_primary, random_seed, setup_default_logging
 
 import semivim  # noqa: F401  registers the models
@@ -62,6 +61,7 @@ from semivim.runs.progress import Progress, sum_over_ranks
 from semivim.runs.report import Panel, save_images, write_report
 from semivim.runs.run_folder import CURVES, METRICS, PREDICTIONS, WEIGHTS
 from semivim.task.arm import ArmTask, held_out_loss, predicted_images
+from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program
 
@@ -192,7 +192,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
 
     # Model, data
     model = create_arm(args).to(device)
-    data_config = resolve_input_data_config(model.backbone, vars(args))
+    data_config = resolve_preprocessing(model.backbone, f"--model {args.model}", vars(args))
     loader, eval_loader, pictured = create_loaders(args, data_config, device)
 
     # Optimizer, schedule; an epoch is one pass over the images
@@ -221,7 +221,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
 
     # Output
     def export(metrics: dict[str, Any]) -> None:
-        save_best(model.export(), found.folder, None, data_config, metrics)
+        metrics = {"model": "backbone", **metrics}
+        save_best({"backbone": model.export()}, found.folder, None, data_config, loader.source.rules, metrics)
 
     run = stack.enter_context(
         open_run(

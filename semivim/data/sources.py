@@ -17,9 +17,9 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
+from semivim.data.embedded import PhotoCrops, read_digits
 from semivim.data.image_files import classes_of_files, file_order, find_image_files, is_hidden
 from semivim.data.label_split import UNKNOWN
-from semivim.data.photo_crops import PhotoCrops
 from semivim.data.tar_files import index_tar
 from semivim.data.wds_shards import ShardReader, index_shards
 from semivim.utils.model_options import MAX_CLASSES
@@ -468,10 +468,6 @@ def _from_torchvision(dataset: str, opened: Any, split: str) -> ImageSource:
     return ImageSource(_PairReader(opened), labels, getattr(opened, "classes", None))
 
 
-_DIGITS_TEST_PER_CLASS = 50
-_DIGITS_PX = 32
-
-
 def _open_embedded(dataset: str, data_dir: str | None, split: str) -> ImageSource:
     if dataset not in ("embedded/digits", "embedded/photos"):
         raise UserError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits' or 'embedded/photos'")
@@ -482,26 +478,5 @@ def _open_embedded(dataset: str, data_dir: str | None, split: str) -> ImageSourc
     if dataset == "embedded/photos":
         crops = PhotoCrops(split in _TRAIN_SPLITS)
         return ImageSource(crops, np.full(len(crops), UNKNOWN))
-    return _open_digits(split in _TRAIN_SPLITS)
-
-
-def _open_digits(training: bool) -> ImageSource:
-    """Open scikit-learn's 8x8 digits, 1,297 to train on and 50 of each class to test on, from a fixed draw.
-
-    The digits are enlarged here rather than by the views: an 8-pixel image has only a handful of crops.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError("dataset 'embedded/digits' needs scikit-learn: pip install 'semivim[demo]'") from error
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    rank = np.empty(len(order), dtype=np.int64)  # rank of an image among those of its class, in random order
-    for label in range(10):
-        members = order[digits.target[order] == label]
-        rank[members] = np.arange(len(members))
-    chosen = np.flatnonzero((rank >= _DIGITS_TEST_PER_CLASS) == training)
-    small = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
-    size = (_DIGITS_PX, _DIGITS_PX)
-    pixels = np.stack([np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC)) for digit in small])
-    return ImageSource(_ArrayReader(pixels), digits.target[chosen], [str(label) for label in range(10)])
+    pixels, labels = read_digits(split in _TRAIN_SPLITS)
+    return ImageSource(_ArrayReader(pixels), labels, [str(label) for label in range(10)])

@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from semivim.hub.markdown import bullets, inert, table
 from semivim.runs.run_folder import METRICS
 from semivim.utils.user_error import UserError
 
@@ -82,13 +83,18 @@ def arm_card(
     )
     recipe = {"data": args.get("dataset") or "a folder of images"}
     recipe |= {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None}
+    losses = [
+        (f"published, epoch {best['epoch']}", f"{best['loss']:.4f}"),
+        ("last epoch", f"{run['loss']:.4f}"),
+        ("predicting the mean of every patch", f"{run['loss_of_zero']:.4f}"),
+    ]
     text = f"""\
 ---
 {head.to_yaml()}
 ---
 # {head.model_name}
 
-{_code(config["architecture"])} without a classifier, pretrained on {run["images"]:,} images without labels: \
+A {inert(config["architecture"])} without a classifier, pretrained on {run["images"]:,} images without labels: \
 it predicted the pixels of each cluster of patches from the clusters before it (ARM). \
 It classifies nothing until it is fine-tuned.
 
@@ -103,11 +109,7 @@ The class token was not trained: `global_pool="avg"` reads the mean of the patch
 
 ## Results
 
-| on held-out images | mean squared error of normalised pixels |
-| --- | --- |
-| published, epoch {best["epoch"]} | {best["loss"]:.4f} |
-| last epoch | {run["loss"]:.4f} |
-| predicting every patch's mean | {run["loss_of_zero"]:.4f} |
+{table(("on held-out images", "mean squared error of normalised pixels"), losses)}
 
 A low loss is no proof of good features; nothing here says how well the backbone classifies.
 
@@ -115,8 +117,7 @@ A low loss is no proof of good features; nothing here says how well the backbone
 
 ## Training
 
-{chr(10).join(f"- {key.replace('_', ' ')}: {_code(value)}" for key, value in recipe.items())}
-- semivim: {_code(version)}
+{bullets({**recipe, "semivim": version})}
 
 ## Reproduce
 
@@ -136,8 +137,3 @@ python train_arm.py -c args.yaml {words}
 ```
 """
     return str(ModelCard(text))
-
-
-def _code(value: Any) -> str:
-    """A value as code, in which Markdown does nothing."""
-    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from semivim.data import open_source
-from semivim.data.photo_crops import HELD_OUT, SIDE, PhotoCrops
+from semivim.data.embedded import HELD_OUT, SIDE, PhotoCrops
 from semivim.utils.user_error import UserError
 
 pytest.importorskip("sklearn")
@@ -32,9 +32,9 @@ def test_they_are_a_dataset_without_labels():
 
 
 def test_scikit_learn_is_asked_for(monkeypatch):
-    from semivim.data import photo_crops
+    from semivim.data import embedded
 
-    photo_crops._photos.cache_clear()
+    embedded._photos.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"pip install 'semivim\[demo\]'"):
         PhotoCrops(True)
