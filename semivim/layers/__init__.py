@@ -1,6 +1,11 @@
 from semivim.layers.cross_scan import SS2D as SS2D
+from semivim.layers.dynamic_mamba import DynamicMamba as DynamicMamba
 from semivim.layers.mamba import BidirectionalMamba as BidirectionalMamba
 from semivim.layers.patch_embed import OverlapPatchEmbed as OverlapPatchEmbed
 from semivim.layers.token_order import insert_middle as insert_middle
 from semivim.layers.token_order import remove_middle as remove_middle
 from semivim.layers.token_order import resample_pos_embed as resample_pos_embed
+from semivim.layers.token_router import RoutedTokens as RoutedTokens
+from semivim.layers.token_router import TokenRouter as TokenRouter
+from semivim.layers.token_router import kept_patches as kept_patches
+from semivim.layers.token_router import restore_grid as restore_grid

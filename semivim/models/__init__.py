@@ -2,6 +2,7 @@
 
 import timm
 
+from semivim.models.dyvm import DyVM as DyVM
 from semivim.models.vim import Vim as Vim
 from semivim.models.vmamba import VMamba as VMamba
 

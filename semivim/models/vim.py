@@ -91,6 +91,7 @@ class Vim(nn.Module):
         ssmixup_c: The C that reads the mixed hidden states (see `BidirectionalMamba`); None for a plain Vim, which
             refuses ``psi`` and ``nu``.
         ssmixup_layers: Number of last blocks that mix hidden states; None for all.
+        block_fn: Class of the blocks.
 
     Raises:
         ValueError: If an argument contradicts another, or ``psi`` is given to a plain Vim.
@@ -111,6 +112,7 @@ class Vim(nn.Module):
         dynamic_img_size: bool = False,
         ssmixup_c: str | None = None,
         ssmixup_layers: int | None = None,
+        block_fn: type[nn.Module] = Block,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -144,7 +146,7 @@ class Vim(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, slots, embed_dim, **dd))
         self.blocks = nn.Sequential(
             *[
-                Block(embed_dim, rate, ssmixup_c if i >= first_mixing else None, **dd)  # type: ignore[arg-type]
+                block_fn(embed_dim, rate, ssmixup_c if i >= first_mixing else None, **dd)  # type: ignore[arg-type]
                 for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
             ]
         )
@@ -273,6 +275,15 @@ class Vim(nn.Module):
                 x = block(x, psi, nu)
         return self.norm(x)
 
+    def _take(self, x: Tensor, take: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
+        """Tokens after the block ``last`` and after each block of ``take``, ``(b, l, d)``."""
+        taken = []
+        for i, block in enumerate(self.blocks[: last + 1]):
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            if i in take:
+                taken.append(x)
+        return x, taken
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -304,13 +315,8 @@ class Vim(nn.Module):
             raise ValueError(f"output_fmt is {output_fmt!r}, wanted 'NCHW' or 'NLC'")
         take, last = feature_take_indices(len(self.blocks), indices)
         rows, columns = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        x = self._embed(x)
-        taken = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-            if i in take:
-                taken.append(self.norm(x) if norm else x)
-        split = [remove_middle(y) for y in taken]
+        x, taken = self._take(self._embed(x), take, last if stop_early else len(self.blocks) - 1)
+        split = [remove_middle(self.norm(y) if norm else y) for y in taken]
         maps: list[Any] = [patches for patches, _ in split]
         if output_fmt == "NCHW":
             maps = [y.transpose(1, 2).reshape(y.shape[0], -1, rows, columns).contiguous() for y in maps]

@@ -161,6 +161,10 @@ default_cfgs = generate_default_cfgs(
         "semivim_tiny.vim_in1k": _released("tiny", _TINY, **_START),
         "semivim_small.vim_in1k": _released("small", _SMALL, **_START),
         "semivim_base.vim_in1k": _released("base", _BASE, **_START),
+        "dyvm_tiny.untrained": _cfg(),
+        "dyvm_small.untrained": _cfg(),
+        "dyvm_base.untrained": _cfg(),
+        "test_dyvm.untrained": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
         "semivim_pico.untrained": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
         "test_vim.untrained": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
     }

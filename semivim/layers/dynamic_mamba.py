@@ -1,0 +1,153 @@
+"""The bidirectional Mamba mixer of a dynamic Vision Mamba: each image chooses the directions that are computed for it.
+
+Dimensions as in `semivim.layers.mamba`.
+"""
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+
+from semivim.layers.mamba import BidirectionalMamba
+from semivim.layers.token_router import class_token, gumbel_like, straight_through
+from semivim.ops.causal_conv import causal_conv
+from semivim.ops.eager import is_eager
+from semivim.ops.mixer import DirectionWeights, mix_tokens
+from semivim.ops.scan import Direction, scan
+
+
+@register_notrace_function
+def masked(u: Tensor, mask: Tensor | None) -> Tensor:
+    """Set tokens ``(b, l, e)`` to 0 where the mask ``(b, l, 1)`` is 0; None for no mask."""
+    return u if mask is None else u * mask.to(u.dtype)
+
+
+torch.fx.wrap("masked")
+torch.fx.wrap("class_token")
+torch.fx.wrap("gate_decisions")
+
+
+def gate_decisions(logits: Tensor, tau: float = 2.0) -> Tensor:
+    """Draw which directions an image goes through, 1 or 0, by a straight-through Gumbel-sigmoid.
+
+    Args:
+        logits: ``(b, 2)``.
+        tau: Temperature of the sigmoid whose gradient is taken.
+    """
+    logits = logits.float()
+    soft = ((logits + gumbel_like(logits) - gumbel_like(logits)) / tau).sigmoid()
+    return straight_through((soft > 0.5).to(soft.dtype), soft)
+
+
+class DynamicMamba(BidirectionalMamba):
+    """Vim's mixer with a gate for each direction of each image, and a mask for tokens that were dropped.
+
+    A gate is read off the class token's row of the input projection. The sum of the directions is halved even where one
+    is off, as the released weights want it. In evaluation a direction is computed for the images that chose it and an
+    image that chose none skips the mixer; where a program is recorded (compiled, exported, traced, a CUDA graph), and in
+    training, gates multiply instead.
+
+    Args:
+        dim: Channels of the tokens.
+        d_state: States per channel.
+        d_conv: Taps of the causal convolutions.
+        expand: Channels inside per channel outside.
+
+    Source: Wu et al. 2025, "Dynamic Vision Mamba" (arXiv:2504.04787), and its released ``DynamicMamba``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, d_state, d_conv, expand, device=device, dtype=dtype)
+        self.block_head = nn.Linear(2 * expand * dim, 2, device=device, dtype=dtype)
+        self._init_gates()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._init_gates()
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def _init_gates(self) -> None:
+        """Start with every gate on."""
+        nn.init.zeros_(self.block_head.weight)
+        nn.init.constant_(self.block_head.bias, 5.0)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, mask: Tensor | None = None, slot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mix tokens.
+
+        Args:
+            x: Tokens, ``(b, l, d)``.
+            mask: 1 for tokens that are read and 0 for dropped ones, which must stand last, ``(b, l, 1)``; None for ones.
+            slot: Slot of the class token, ``(b, 1)``; None for the middle.
+
+        Returns:
+            ``(b, l, d)``, and the gates of the forward and the backward direction, 1 or 0, ``(b, 2)``, in training with
+            the gradient of their probability.
+        """
+        # Nested, as TorchScript compiles what stands behind an `and`.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if not self.training and mask is None and _may_branch(x):
+                weights = self._weights()
+                if weights is not None:
+                    return self._chosen(x, weights)
+        xz = self.in_proj(x)
+        logits = self.block_head(class_token(xz, slot)).squeeze(1)
+        gates = gate_decisions(logits) if self.training else (logits > 0).to(logits.dtype)
+        u, z = xz.chunk(2, dim=-1)
+        u, u_b = self.convolve(masked(u, mask))
+        # The mask again: SiLU of the convolution's bias is not 0.
+        f, g = self.direction(masked(u, mask), False), self.direction(masked(u_b, mask), True)
+        # A scan and its skip are linear in u, so a gate on u is a gate on the direction's output.
+        on = gates.to(u.dtype).unsqueeze(1)
+        f = Direction(f.u * on[..., :1], f.delta, f.bc, f.A, f.D, f.delta_bias, False)
+        g = Direction(g.u * on[..., 1:], g.delta, g.bc, g.A, g.D, g.delta_bias, True)
+        return self.out_proj(scan([f, g], z, None, 0.5)), gates
+
+    @torch.jit.ignore
+    def _chosen(self, x: Tensor, weights: tuple[DirectionWeights, DirectionWeights]) -> tuple[Tensor, Tensor]:
+        """The same, computing for each image only the directions that it chose."""
+        b = x.shape[0]
+        # A single image's projection is computed at once: both gates are seldom off, and its weights are read once.
+        xz = self.in_proj(x) if b == 1 else None
+        logits = self.block_head(self.in_proj(class_token(x, None)) if xz is None else class_token(xz, None)).squeeze(1)
+        on = logits > 0
+        chosen = on.tolist()  # the one wait for the device
+        both, fwd, bwd = (
+            [i for i in range(b) if chosen[i] == kind] for kind in ([True, True], [True, False], [False, True])
+        )
+        rows = both + fwd + bwd
+        gates = on.to(logits.dtype)
+        if not rows:
+            return torch.zeros_like(x), gates
+        in_order = rows == list(range(b))
+        index = torch.tensor(rows, device=x.device)
+        if xz is None:
+            xz = self.in_proj(x if in_order else x.index_select(0, index))
+        parts = xz.split([len(both), len(fwd), len(bwd)])
+        y = []
+        if both:
+            y.append(mix_tokens(parts[0], weights[0], weights[1], None, 0.5))
+        for part, w, reverse in ((parts[1], weights[0], False), (parts[2], weights[1], True)):
+            if len(part):
+                u, z = part.chunk(2, dim=-1)
+                (u,) = causal_conv(u, [(w.conv_weight, w.conv_bias)], [reverse])
+                y.append(scan([self.direction(u, reverse)], z, None, 0.5))
+        out = self.out_proj(y[0] if len(y) == 1 else torch.cat(y))
+        if not in_order:
+            out = out.new_zeros(x.shape).index_copy(0, index, out)
+        return out, gates
+
+
+def _may_branch(x: Tensor) -> bool:
+    """Whether Python may look at values: not while a program is recorded, in whatever way."""
+    return is_eager(x) and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
