@@ -3,13 +3,14 @@
 Dimensions as in `semivim.layers.mamba`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from semivim.layers.mamba import BidirectionalMamba
 from semivim.layers.token_router import class_token, gumbel_like, straight_through
-from semivim.ops.causal_conv import causal_conv
 from semivim.ops.eager import is_eager
 from semivim.ops.mixer import DirectionWeights, mix_tokens
 from semivim.ops.scan import Direction, scan
@@ -20,6 +21,8 @@ def masked(u: Tensor, mask: Tensor | None) -> Tensor:
     """Set tokens ``(b, l, e)`` to 0 where the mask ``(b, l, 1)`` is 0; None for no mask."""
     return u if mask is None else u * mask.to(u.dtype)
 
+
+_KINDS = ((True, True), (True, False), (False, True))  # forward, backward; images that chose neither stay out
 
 torch.fx.wrap("masked")
 torch.fx.wrap("class_token")
@@ -42,9 +45,9 @@ class DynamicMamba(BidirectionalMamba):
     """Vim's mixer with a gate for each direction of each image, and a mask for tokens that were dropped.
 
     A gate is read off the class token's row of the input projection. The sum of the directions is halved even where one
-    is off, as the released weights want it. In evaluation a direction is computed for the images that chose it and an
-    image that chose none skips the mixer; where a program is recorded (compiled, exported, traced, a CUDA graph), and in
-    training, gates multiply instead.
+    is off, as the released weights want it. In evaluation a direction is computed for the images that chose it, and an
+    image that chose none skips the mixer. In training, and where a program is recorded (compiled, exported, traced, a
+    CUDA graph), gates multiply instead.
 
     Args:
         dim: Channels of the tokens.
@@ -87,7 +90,7 @@ class DynamicMamba(BidirectionalMamba):
 
         Args:
             x: Tokens, ``(b, l, d)``.
-            mask: 1 for tokens that are read and 0 for dropped ones, which must stand last, ``(b, l, 1)``; None for ones.
+            mask: 1 for tokens that are read, 0 for dropped ones, which must stand last, ``(b, l, 1)``; None for ones.
             slot: Slot of the class token, ``(b, 1)``; None for the middle.
 
         Returns:
@@ -97,7 +100,7 @@ class DynamicMamba(BidirectionalMamba):
         # Nested, as TorchScript compiles what stands behind an `and`.
         if not torch.jit.is_scripting():  # noqa: SIM102
             if not self.training and mask is None and _may_branch(x):
-                weights = self._weights()
+                weights = self._weights(("", "_b"))
                 if weights is not None:
                     return self._chosen(x, weights)
         xz = self.in_proj(x)
@@ -114,38 +117,33 @@ class DynamicMamba(BidirectionalMamba):
         return self.out_proj(scan([f, g], z, None, 0.5)), gates
 
     @torch.jit.ignore
-    def _chosen(self, x: Tensor, weights: tuple[DirectionWeights, DirectionWeights]) -> tuple[Tensor, Tensor]:
+    def _chosen(self, x: Tensor, weights: list[DirectionWeights]) -> tuple[Tensor, Tensor]:
         """The same, computing for each image only the directions that it chose."""
-        b = x.shape[0]
-        # A single image's projection is computed at once: both gates are seldom off, and its weights are read once.
-        xz = self.in_proj(x) if b == 1 else None
-        logits = self.block_head(self.in_proj(class_token(x, None)) if xz is None else class_token(xz, None)).squeeze(1)
+        # A single image is projected at once: it seldom leaves out both directions, and the weights are read once.
+        xz = self.in_proj(x) if len(x) == 1 else None
+        token = class_token(x if xz is None else xz, None)
+        logits = self.block_head(self.in_proj(token) if xz is None else token)[:, 0]
         on = logits > 0
-        chosen = on.tolist()  # the one wait for the device
-        both, fwd, bwd = (
-            [i for i in range(b) if chosen[i] == kind] for kind in ([True, True], [True, False], [False, True])
-        )
-        rows = both + fwd + bwd
         gates = on.to(logits.dtype)
-        if not rows:
-            return torch.zeros_like(x), gates
-        in_order = rows == list(range(b))
-        index = torch.tensor(rows, device=x.device)
-        if xz is None:
-            xz = self.in_proj(x if in_order else x.index_select(0, index))
-        parts = xz.split([len(both), len(fwd), len(bwd)])
-        y = []
-        if both:
-            y.append(mix_tokens(parts[0], weights[0], weights[1], None, 0.5))
-        for part, w, reverse in ((parts[1], weights[0], False), (parts[2], weights[1], True)):
-            if len(part):
-                u, z = part.chunk(2, dim=-1)
-                (u,) = causal_conv(u, [(w.conv_weight, w.conv_bias)], [reverse])
-                y.append(scan([self.direction(u, reverse)], z, None, 0.5))
-        out = self.out_proj(y[0] if len(y) == 1 else torch.cat(y))
-        if not in_order:
-            out = out.new_zeros(x.shape).index_copy(0, index, out)
-        return out, gates
+        chosen = on.tolist()  # the one wait for the device
+        if chosen.count(chosen[0]) == len(chosen):  # all alike: nothing is sorted
+            if not any(chosen[0]):
+                return torch.zeros_like(x), gates
+            xz = self.in_proj(x) if xz is None else xz
+            return self.out_proj(_mix(xz, weights, chosen[0])), gates
+        groups = {kind: [i for i, choice in enumerate(chosen) if choice == list(kind)] for kind in _KINDS}
+        index = torch.tensor(sum(groups.values(), []), device=x.device)
+        parts = self.in_proj(x.index_select(0, index)).split([len(rows) for rows in groups.values()])
+        mixed = [_mix(part, weights, kind) for part, kind in zip(parts, _KINDS, strict=True) if len(part)]
+        y = self.out_proj(torch.cat(mixed))
+        return y.new_zeros(x.shape).index_copy(0, index, y), gates
+
+
+def _mix(xz: Tensor, weights: list[DirectionWeights], chosen: Sequence[bool]) -> Tensor:
+    """Halved sum of the chosen directions, forward and backward, between the outer projections."""
+    if all(chosen):
+        return mix_tokens(xz, weights, [False, True], None, 0.5)
+    return mix_tokens(xz, [weights[chosen[1]]], [chosen[1]], None, 0.5)
 
 
 def _may_branch(x: Tensor) -> bool:

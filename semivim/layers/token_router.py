@@ -1,7 +1,7 @@
 """Which tokens a dynamic Vision Mamba keeps: their scores, the choice, and the order of what goes on.
 
-Dimensions: ``b`` images, ``m`` patches of the grid, ``p`` patches that are scored, ``k`` patches that stay, ``l`` tokens
-with the class token among them, ``d`` channels.
+Dimensions: ``b`` images, ``m`` patches of the grid, ``p`` patches that are scored, ``k`` patches that stay, ``l``
+tokens with the class token among them, ``d`` channels.
 
 A trained model keeps the best ``k`` patches of every image, in their order, with the class token in their middle. While
 it trains, the number differs by image: dropped patches move behind the kept ones, where a mask takes them out of the
@@ -67,17 +67,19 @@ def _patch_slots(l: int, slot: Tensor) -> Tensor:
 @register_notrace_function
 def patch_tokens(tokens: RoutedTokens) -> Tensor:
     """Patches ``(b, l - 1, d)`` without the class token, in the order of ``tokens.x``."""
-    if tokens.slot is None:
+    slot = tokens.slot
+    if slot is None:
         return remove_middle(tokens.x)[0]
-    return gather_tokens(tokens.x, _patch_slots(tokens.x.shape[1], tokens.slot))
+    return gather_tokens(tokens.x, _patch_slots(tokens.x.shape[1], slot))
 
 
 @register_notrace_function
 def policy_of(tokens: RoutedTokens) -> Tensor | None:
     """The mask of the patches, ``(b, l - 1, 1)``, in the order of ``tokens.x``; None where all are kept."""
-    if tokens.mask is None or tokens.slot is None:
+    mask, slot = tokens.mask, tokens.slot
+    if mask is None or slot is None:
         return None
-    return gather_tokens(tokens.mask, _patch_slots(tokens.x.shape[1], tokens.slot))
+    return gather_tokens(mask, _patch_slots(tokens.x.shape[1], slot))
 
 
 @register_notrace_function
@@ -86,11 +88,12 @@ def restore_grid(tokens: RoutedTokens) -> Tensor:
 
     A dropped patch has the value with which it left: no later block changes it.
     """
-    if tokens.place is None:
+    place, left = tokens.place, tokens.left
+    if place is None:
         return tokens.x
     patches = patch_tokens(tokens)
-    grid = torch.zeros_like(patches) if tokens.left is None else tokens.left
-    return insert_middle(scatter_tokens(grid, tokens.place, patches), class_token(tokens.x, tokens.slot))
+    grid = torch.zeros_like(patches) if left is None else left
+    return insert_middle(scatter_tokens(grid, place, patches), class_token(tokens.x, tokens.slot))
 
 
 @register_notrace_function
@@ -99,13 +102,13 @@ def kept_patches(tokens: RoutedTokens) -> Tensor:
 
     In training with the gradient of the probability to be kept.
     """
-    patches = patch_tokens(tokens)
-    policy = policy_of(tokens)
+    place, left = tokens.place, tokens.left
+    patches, policy = patch_tokens(tokens), policy_of(tokens)
     kept = torch.ones_like(patches[..., 0]) if policy is None else policy[..., 0]
-    if tokens.place is None:
+    if place is None:
         return kept
-    m = kept.shape[1] if tokens.left is None else tokens.left.shape[1]
-    return kept.new_zeros([kept.shape[0], m]).scatter(1, tokens.place, kept)
+    m = kept.shape[1] if left is None else left.shape[1]
+    return kept.new_zeros([kept.shape[0], m]).scatter(1, place, kept)
 
 
 @register_notrace_function
@@ -117,12 +120,10 @@ def keep_best(tokens: RoutedTokens, log_probs: Tensor, keep_ratio: float) -> Rou
         log_probs: Logarithm of the probabilities to be kept and to be dropped, ``(b, p, 2)``.
         keep_ratio: Share of the whole grid's patches that stay.
     """
-    patches = patch_tokens(tokens)
-    left = patches
-    if tokens.place is not None and tokens.left is not None:
-        left = scatter_tokens(tokens.left, tokens.place, patches)
+    patches, place, left = patch_tokens(tokens), tokens.place, tokens.left
+    left = patches if left is None or place is None else scatter_tokens(left, place, patches)
     index = log_probs[..., 0].topk(int(keep_ratio * left.shape[1]), dim=1, sorted=False)[1].sort(dim=1)[0]
-    place = index if tokens.place is None else tokens.place.gather(1, index)
+    place = index if place is None else place.gather(1, index)
     x = insert_middle(gather_tokens(patches, index), class_token(tokens.x, None))
     return RoutedTokens(x, place, left, None, None)
 
@@ -131,13 +132,14 @@ def keep_best(tokens: RoutedTokens, log_probs: Tensor, keep_ratio: float) -> Rou
 def keep_drawn(tokens: RoutedTokens, log_probs: Tensor) -> RoutedTokens:
     """Draw for every patch whether it is kept (straight-through Gumbel-softmax) and move dropped ones to the end.
 
-    A patch once dropped stays so. The class token goes to the middle of the kept patches, whose number differs by image.
+    A patch once dropped stays so. The class token goes to the middle of the kept patches, whose number each image has
+    of its own.
 
     Args:
         tokens: All that the choice is made of.
         log_probs: Logarithm of the probabilities to be kept and to be dropped, ``(b, p, 2)``.
     """
-    patches, policy = patch_tokens(tokens), policy_of(tokens)
+    patches, policy, place = patch_tokens(tokens), policy_of(tokens), tokens.place
     log_probs = log_probs.float()
     soft = (log_probs + gumbel_like(log_probs)).softmax(-1)
     kept = straight_through((soft[..., :1] >= soft[..., 1:]).to(soft.dtype), soft[..., :1])
@@ -153,7 +155,7 @@ def keep_drawn(tokens: RoutedTokens, log_probs: Tensor) -> RoutedTokens:
     source = torch.where(seat == slot, p, behind)
     x = gather_tokens(torch.cat([patches, class_token(tokens.x, tokens.slot)], 1), source)
     mask = gather_tokens(torch.cat([kept, torch.ones_like(kept[:, :1])], 1), source)
-    place = order if tokens.place is None else tokens.place.gather(1, order)
+    place = order if place is None else place.gather(1, order)
     return RoutedTokens(x, place, None, mask, slot)
 
 

@@ -66,13 +66,14 @@ class DyVM(Vim):
     Args:
         pruning_loc: Blocks before which patches are dropped, rising.
         token_ratio: Share of the patches that each of these keeps, of what the one before it kept: after ``s`` of them
-            ``int(token_ratio ** s * m)`` of the grid's ``m`` patches are left. In training, the share that the loss aims
-            at. `set_token_ratio` changes it.
+            ``int(token_ratio ** s * m)`` of the grid's ``m`` patches are left. In training it is what the loss aims at.
+            `set_token_ratio` changes it.
         block_keep_ratio: Share of all directions that the training loss aims at; evaluation does not read it.
         **kwargs: Arguments of `Vim` but those of SSMixup.
 
     Raises:
-        ValueError: If a ratio is not in (0, 1], ``pruning_loc`` does not rise within the depth, or SSMixup is asked for.
+        ValueError: If a ratio is not in (0, 1], ``pruning_loc`` does not rise within the depth, or ``ssmixup_c`` is
+            given.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class DyVM(Vim):
         **kwargs: Any,
     ) -> None:
         super().__init__(block_fn=DynamicBlock, device=device, dtype=dtype, **kwargs)
+        # A Sequential hands one value on; these blocks also take a mask, and give their gates.
+        self.blocks = nn.ModuleList(self.blocks)  # type: ignore[assignment]
         locations = list(pruning_loc)
         if locations != sorted(set(locations)) or not all(0 < i < len(self.blocks) for i in locations):
             raise ValueError(f"pruning_loc is {pruning_loc}, wanted rising numbers from 1 to {len(self.blocks) - 1}")
@@ -103,6 +106,7 @@ class DyVM(Vim):
             raise ValueError(f"token_ratio is {ratio}, wanted a share in (0, 1]")
         self.token_ratio = ratio
         for s, router in enumerate(self.score_predictors):
+            assert isinstance(router, TokenRouter)
             router.keep_ratio = ratio ** (s + 1)
 
     @torch.jit.ignore
@@ -122,6 +126,7 @@ class DyVM(Vim):
         super().init_weights(needs_reset)
         if needs_reset:
             for router in self.score_predictors:
+                assert isinstance(router, TokenRouter)
                 router.reset_parameters()
 
     @torch.jit.ignore
@@ -152,8 +157,8 @@ class DyVM(Vim):
         """Run the blocks up to ``last`` on embedded images.
 
         Returns:
-            Tokens after the last block and after each block of ``take``; for each router passed the patches that it kept,
-            ``(b, m)``; for each block its gates, ``(b, 2)``.
+            Tokens after the last block; tokens after each block of ``take``; the patches that each router passed kept,
+            ``(b, m)``; the gates of each block, ``(b, 2)``.
         """
         tokens = RoutedTokens(x)
         taken: list[RoutedTokens] = []
@@ -199,7 +204,7 @@ class DyVM(Vim):
         """
         # Nested, as TorchScript compiles what stands behind an `and`.
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if return_decisions:
+            if return_decisions is True:  # torch.fx passes what stands for either value; its programs give logits
                 return self._decide(x)  # type: ignore[return-value]
         return self.forward_head(self.forward_features(x))
 
