@@ -7,7 +7,7 @@ A trained model keeps the best ``k`` patches of every image, in their order, wit
 it trains, the number differs by image: dropped patches move behind the kept ones, where a mask takes them out of the
 mixers, so that the tensors stay rectangular and the kept tokens are computed as if the others were gone.
 
-Source: Wu et al. 2025, "Dynamic Vision Mamba" (arXiv:2504.04787), section 4, and its released code.
+Source: Wu et al. 2025, "Dynamic Vision Mamba" (arXiv:2504.04787), and its released code.
 """
 
 from typing import Any, NamedTuple

@@ -19,7 +19,7 @@ from semivim.ops import use_backend
 from tests.tolerance import assert_close
 
 NAMES = list_models()
-SMALL = ["test_vim", "semivim_pico", "test_vmamba"]
+SMALL = ["test_vim", "semivim_pico", "test_dyvm", "test_vmamba"]
 # One small model of a family and options: for Vim another read-out, and a patch grid of unequal sides with the class
 # token in the middle of an odd number of patches; for VMamba the first family's stem, downsampling and gate.
 VANILLA = {"vanilla": True, "ssm_ratio": 2, "d_state": 3, "mlp_ratio": 0}
@@ -27,12 +27,15 @@ VARIANTS = [
     ("test_vim", {}),
     ("test_vim", {"ssmixup_c": "mean"}),
     ("test_vim", {"patch_size": 16, "patch_stride": 8, "img_size": (48, 32)}),
+    ("test_dyvm", {}),
+    ("test_dyvm", {"patch_size": 16, "patch_stride": 8, "img_size": (48, 32)}),
     ("test_vmamba", {}),
     ("test_vmamba", VANILLA),
 ]
 # Ends of the names of parameters that are not decayed.
 KEPT = {
     "Vim": ("pos_embed", "cls_token", ".A_log", ".A_b_log", ".D", ".D_b"),
+    "DyVM": ("pos_embed", "cls_token", ".A_log", ".A_b_log", ".D", ".D_b"),
     "VMamba": (".A_logs", ".Ds", ".dt_projs_bias"),
 }
 
@@ -53,6 +56,7 @@ def test_every_model_is_registered():
         *("vmamba_tiny_s2l5", "vmamba_small_s2l15", "vmamba_base_s2l15", "test_vmamba"),
         *("vmamba_tiny_s1l8", "vmamba_small_s1l20", "vmamba_base_s1l20"),
         *("vanilla_vmamba_tiny", "vanilla_vmamba_small", "vanilla_vmamba_base"),
+        *("dyvm_tiny", "dyvm_small", "dyvm_base", "test_dyvm"),
     }
 
 
@@ -207,9 +211,11 @@ def test_symbolic_tracing(name, options):
         "autowrap_functions": get_notrace_functions(),
         "param_shapes_constant": True,
     }
-    train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=kwargs)
+    # A DyVM routes tokens in another way while it trains.
+    kwargs = {"tracer_kwargs": kwargs, "suppress_diff_warning": True}
+    train_nodes, eval_nodes = get_graph_node_names(model, **kwargs)
     traced = create_feature_extractor(
-        model, train_return_nodes=[train_nodes[-1]], eval_return_nodes=[eval_nodes[-1]], tracer_kwargs=kwargs
+        model, train_return_nodes=[train_nodes[-1]], eval_return_nodes=[eval_nodes[-1]], **kwargs
     )
     x = image(model)
     with torch.no_grad():
@@ -275,19 +281,21 @@ def test_pruning_keeps_the_taps_and_leaves_nothing_unused(name):
         # A pyramid's norm has the channels of its last stage.
         pyramid = not hasattr(model, "blocks")
         assert isinstance(pruned.norm, nn.Identity) == (prune_norm or (pyramid and index < last))
-        features, maps = pruned.forward_intermediates(x, indices=take)
-        assert torch.equal(maps[0], taps[index])
+        assert torch.equal(pruned.forward_intermediates(x, indices=take)[1][0], taps[index])
+        features, maps = pruned.train().forward_intermediates(x, indices=take)  # routers of tokens learn in training only
         (features.sum() + maps[0].sum()).backward()
         assert not [key for key, p in pruned.named_parameters() if p.grad is None]
+        pruned.eval()
         assert pruned(x).shape[-1] == pruned.num_features == model.feature_info[index]["num_chs"]
         assert pruned(x).ndim == model.forward_features(x).ndim
 
 
-def test_features_only():
-    model = timm.create_model("test_vim", features_only=True, out_indices=(1, 3), img_size=64)
+@pytest.mark.parametrize("name", ["test_vim", "test_dyvm"])
+def test_features_only(name):
+    model = timm.create_model(name, features_only=True, out_indices=(1, 3), img_size=64)
     assert model.feature_info.channels() == [32, 32] and model.feature_info.reduction() == [8, 8]
     assert [f.shape for f in model(torch.randn(2, 3, 64, 64))] == [(2, 32, 8, 8)] * 2
-    assert len(timm.create_model("test_vim", features_only=True)(torch.randn(1, 3, 32, 32))) == 3
+    assert len(timm.create_model(name, features_only=True)(torch.randn(1, 3, 32, 32))) == 3
 
 
 @pytest.mark.parametrize("options", [{}, VANILLA], ids=str)
@@ -303,9 +311,10 @@ def test_a_pyramid_of_features_at_any_size(options):
     assert not [key for key, _ in pruned.named_parameters() if "stages.3" in key or "head" in key]
 
 
+@pytest.mark.parametrize("name", ["test_vim", "test_dyvm"])
 @pytest.mark.parametrize("reset", [(7, None), (0, ""), (3, "avg"), (0, "token")])
-def test_resize_and_head_survive_saving(tmp_path, reset):
-    model = build(num_classes=5, patch_size=4, drop_path_rate=0.3).eval()
+def test_resize_and_head_survive_saving(tmp_path, reset, name):
+    model = build(name, num_classes=5, patch_size=4, drop_path_rate=0.3).eval()
     model.set_input_size((48, 24), patch_size=8)
     model.reset_classifier(*reset)
     save_for_hf(model, tmp_path, safe_serialization=True)
@@ -327,7 +336,7 @@ def test_a_saved_model_loads_at_another_size_and_number_of_classes(tmp_path):
     assert_close("stem", restored.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("name", ["test_vim", "test_vmamba"])
+@pytest.mark.parametrize("name", ["test_vim", "test_dyvm", "test_vmamba"])
 def test_weights_after_to_empty_are_all_drawn_again(name):
     model = build(name, device="meta", dtype=torch.float64).to_empty(device="cpu").eval()
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -340,11 +349,13 @@ def test_weights_after_to_empty_are_all_drawn_again(name):
     assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).isfinite().all()
 
 
-@pytest.mark.parametrize("variant", [{}, {"dynamic_img_size": True}], ids=str)
-def test_segmentation_models_trains_on_our_features(variant):
+@pytest.mark.parametrize(
+    ("name", "variant"), [("test_vim", {}), ("test_vim", {"dynamic_img_size": True}), ("test_dyvm", {})]
+)
+def test_segmentation_models_trains_on_our_features(name, variant):
     """A dense prediction transformer on maps and class tokens of our blocks: a few steps lower the loss."""
     model = segmentation_models_pytorch.DPT(
-        "tu-test_vim",
+        f"tu-{name}",
         encoder_weights=None,
         decoder_intermediate_channels=(8, 8, 8, 8),
         decoder_fusion_channels=8,
