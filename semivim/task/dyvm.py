@@ -90,6 +90,14 @@ class DyVMTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
+    def compile(  # type: ignore[override]
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
+        """Compile the student, before :meth:`prepare_distributed`."""
+        compiled = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = self.eval_model = cast(nn.Module, compiled)
+        return self.trainable_module
+
     # ARG002: timm passes its hooks more than this task reads
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:  # noqa: ARG002
         """The run's progress."""

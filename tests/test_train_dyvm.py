@@ -1,0 +1,50 @@
+import csv
+import json
+
+import pytest
+import timm
+import torch
+
+from benchmarks import train_dyvm
+from semivim.runs.checkpoint import save_model
+from tests.training import refused
+
+TINY = ["--dataset", "embedded/digits", "--model", "test_dyvm", "--in-chans", "1", "--mean", "0.5", "--std", "0.5"]
+TINY += ["-b", "8", "--opt", "adamw", "--lr", "1e-3", "--train-batches-per-epoch", "2", "--epochs", "2", "-j", "0"]
+TINY += ["-vb", "250", "--log-interval", "1", "--warmup-epochs", "0", "--hflip", "0", "--color-jitter", "0"]
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    save_model(timm.create_model("test_vim", in_chans=1, num_classes=10), folder)
+    return folder
+
+
+def run(tmp_path, teacher, *flags):
+    return train_dyvm.main(
+        [*TINY, "--teacher", f"local-dir:{teacher}", "--output", str(tmp_path), "--experiment", "run", *flags]
+    )
+
+
+def test_a_run_trains_reports_and_goes_on(tmp_path, teacher):
+    run(tmp_path, teacher, "--epochs", "1")
+    whole = run(tmp_path, teacher, "--resume", "auto", "--model-kwargs", "token_ratio=0.7")
+    assert whole["updates"] == 4 and whole == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert all(0 < float(row["train_kept_tokens"]) < 0.5 and float(row["train_loss_features"]) > 0 for row in rows)
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert model.token_ratio == 0.7 and model.head.out_features == 10
+    start = timm.create_model(f"local-dir:{teacher}", pretrained=True)
+    distance = (model.blocks[0].mixer.in_proj.weight - start.blocks[0].mixer.in_proj.weight).abs().max()
+    assert 0 < distance < 0.02, "the student starts from the teacher"
+
+
+def test_what_does_not_fit_is_refused(tmp_path, teacher, capsys):
+    with refused(r"--model test_vim is a Vim, wanted a DyVM", capsys):
+        run(tmp_path, teacher, "--model", "test_vim")
+    with refused("does not fit the student", capsys):
+        run(tmp_path, teacher, "--model-kwargs", "depth=5")
