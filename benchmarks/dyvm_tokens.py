@@ -122,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     runs = [("vim", 1.0), *((method, ratio) for ratio in RATIOS for method in ("dyvm", "static"))]
     for seed in range(args.seeds):
         for method, ratio in runs:

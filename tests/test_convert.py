@@ -13,6 +13,7 @@ from semivim.cli import main
 from semivim.convert import convert
 from semivim.models.vim_weights import WEIGHTS_ENTRY
 from semivim.runs.checkpoint import save_model
+from tests.dyvm_models import lively
 from tests.released import as_bytes, released_state, released_weights
 
 
@@ -48,6 +49,19 @@ def test_a_published_file_becomes_a_timm_folder(checkpoint, tmp_path, models, en
     umask = os.umask(0)
     os.umask(umask)
     assert modes == [0o777 & ~umask, 0o666 & ~umask, 0o666 & ~umask]
+
+
+def test_a_released_dyvm_becomes_a_timm_folder(tmp_path):
+    model = lively(num_classes=10)
+    path = tmp_path / "in.pth"
+    path.write_bytes(as_bytes(released_state(model, timm.create_model("test_dyvm", num_classes=10))))
+    convert(path, "test_dyvm", tmp_path / "out")
+    restored = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(restored(x), model(x))
+    with pytest.raises(ValueError, match="in.pth does not fit test_vim: checkpoint has .* keys that the model lacks"):
+        convert(path, "test_vim", tmp_path / "other")
 
 
 def test_headless_weights_give_a_model_without_a_head(tmp_path, models):

@@ -33,7 +33,7 @@ def test_a_run_trains_reports_and_goes_on(tmp_path, teacher):
     run(tmp_path, teacher, "--epochs", "1")
     whole = run(tmp_path, teacher, "--resume", "auto", "--model-kwargs", "token_ratio=0.7")
     assert whole["updates"] == 4 and whole == json.loads((tmp_path / "run" / "metrics.json").read_text())
-    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert all(0 < float(row["train_kept_tokens"]) < 0.5 and float(row["train_loss_features"]) > 0 for row in rows)
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
