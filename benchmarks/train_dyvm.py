@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from timm.data import Mixup, resolve_input_data_config
+from timm.data import Mixup
 from timm.utils import is_primary, random_seed, setup_default_logging
 from torch import Tensor
 
@@ -58,6 +58,7 @@ from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
 from semivim.task.dyvm import LOSSES, DyVMTask
 from semivim.utils.metrics import evaluate
+from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program
 
@@ -134,7 +135,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         raise UserError(f"--model {args.model} is a {type(model).__name__}, wanted a DyVM, such as dyvm_small")
     teacher = load_teacher(args.teacher, model, device)
     model.to(device)
-    data_config = resolve_input_data_config(model, vars(args))
+    data_config = resolve_preprocessing(model, f"--model {args.model}", vars(args))
     view = partial(View, data_config["input_size"], data_config["mean"], data_config["std"])
     ranks, loading = {"rank": args.rank, "world_size": args.world_size}, loader_kwargs(args, device)
     known = np.flatnonzero(source.labels >= 0)
@@ -179,7 +180,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             eval_columns=EVAL_COLUMNS,
             log_wandb=args.log_wandb,
             wandb_project=args.wandb_project,
-            export=partial(save_best, model, found.folder, source.class_names, data_config),
+            export=partial(save_best, {"student": model}, found.folder, source.class_names, data_config, source.rules),
             model=model,
             optimizer=optimizer,
             amp_scaler=scaler,
@@ -208,7 +209,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         return {name: (sums[name] / sums["batches"]).item() for name in FIGURES if name in sums}
 
     def measure() -> dict[str, Any]:
-        return evaluate(model, eval_loader, num_classes, device, autocast, train_counts=counts)
+        metrics = evaluate(model, eval_loader, num_classes, device, autocast, train_counts=counts)
+        return {"model": "student", **metrics}
 
     if args.sched_on_updates:
         scheduler.step_update(progress.num_updates)
