@@ -132,6 +132,7 @@ def test_epochs_go_to_weights_and_biases_too(tmp_path, monkeypatch, capsys):
             "mean",
             "--ssmixup-layers",
             "2",
+            "--channels-last",
         ],
         [
             "--mixup",
