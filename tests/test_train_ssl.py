@@ -256,7 +256,7 @@ BAD = [
     (["--dataset", "wds/x", "--labels-per-class", "1"], r"wds/x"),
     (["--resume", "nowhere/last.pth.tar"], r"no checkpoint at nowhere/last\.pth\.tar"),
     (["--model", "vim_nonesuch"], r"vim_nonesuch"),
-    (["--model", "test_vit", "--img-size", "32"], r"ssmixup_c"),
+    (["--model", "test_vit", "--img-size", "32"], r"SSMixup needs a Vim"),
     (["--amp"], r"--amp-dtype float16 needs a GPU"),
     (["--mixup", "0.2", "-b", "15"], r"--batch-size must be even, got 15"),
     (["--pseudo-mixup", "none", "--ssmixup-nu", "0.5"], r"--ssmixup-nu is read only with --pseudo-mixup ss"),

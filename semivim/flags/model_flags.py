@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,9 +15,18 @@ from timm.utils import NativeScaler, ParseKwargs, init_distributed_device
 
 from semivim.flags.data_flags import INTERPOLATIONS
 from semivim.flags.parser import COUNT, POSITIVE, SHARE, Name, Number, Parser, assignment, flag, spaced
+from semivim.hub.hub_session import hub_session, is_hub_error
 from semivim.utils.files import check_weights_file
 from semivim.utils.user_error import UserError, one_line
 
+# What gives a model an argument that it may not take.
+_GIVEN_BY = {
+    "drop_path_rate": "--drop-path",
+    "drop_rate": "--drop",
+    "global_pool": "--gp",
+    "in_chans": "--in-chans",
+    "ssmixup_c": "--pseudo-mixup ss: SSMixup needs a Vim (vim_* or semivim_*)",
+}
 COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -151,20 +161,48 @@ def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> 
     """
     flags = ("model", "model_kwargs", "initial_checkpoint", "pretrained_path")
     given = " ".join(f"{flag(name)} {value}" for name in flags if (value := getattr(args, name)))
-    try:
-        for path in filter(None, (args.initial_checkpoint, args.pretrained_path)):
-            check_weights_file(path)
-        own = {**args.model_kwargs, **options}
-        model: Any = timm.create_model(**model_kwargs(args), num_classes=num_classes, **own)
-    except TypeError as error:  # a bug of the model's, but where the user gave it options
-        if not args.model_kwargs and "unexpected keyword argument" not in str(error):
-            raise
-        raise UserError(f"{given}: {one_line(error)}") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{given}: {one_line(error)}") from error
+    with hub_session(args.model):
+        try:
+            for path in filter(None, (args.initial_checkpoint, args.pretrained_path)):
+                check_weights_file(path)
+            model = _build(args, num_classes=num_classes, **{**args.model_kwargs, **options})
+        except (AssertionError, TypeError) as error:  # a bug of the model's, but where the user gave it options
+            if not (args.model_kwargs or args.gp):
+                raise
+            raise UserError(f"{given}{f' --gp {args.gp}' if args.gp else ''}: {one_line(error)}") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            if is_hub_error(error):
+                raise
+            raise UserError(f"{given}: {one_line(error)}") from error
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+        try:
+            model.set_grad_checkpointing(enable=True)
+        except (AssertionError, AttributeError) as error:  # as timm's models say that they cannot
+            raise UserError(f"--grad-checkpointing: --model {args.model} does not support it") from error
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def _build(args: argparse.Namespace, **options: Any) -> Any:
+    """Create the model, without the size of its images where it takes images of any size.
+
+    Raises:
+        UserError: If it does not take what a flag gives it.
+    """
+    arguments = model_kwargs(args)
+    while True:
+        try:
+            return timm.create_model(**arguments, **options)
+        except TypeError as error:
+            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            name = match[1] if match else ""
+            if name in arguments and (name == "img_size" or not arguments[name]):
+                del arguments[name]
+            elif name in _GIVEN_BY:
+                raise UserError(f"does not take {_GIVEN_BY[name]}") from error
+            elif name in options:
+                raise UserError(f"does not take {name}") from error
+            else:
+                raise
 
 
 def add_device_flags(parser: Parser) -> None:

@@ -72,6 +72,19 @@ def hub_session(repo_id: str) -> Iterator[None]:
         set_client_factory(previous)
 
 
+def is_hub_error(error: BaseException) -> bool:
+    """Whether an error came of a request to the Hub, or of one that was not sent."""
+    return any(isinstance(link, (HubError, HTTPError, OfflineModeIsEnabled)) for link in _chain(error))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it, the last first."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
 def fetch(repo_id: str, filename: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
     """Download one file into the cache, or find it there, and check its content against the Hub's checksum.
 
@@ -178,14 +191,12 @@ def _raise_hub_error(repo_id: str, error: Exception) -> NoReturn:
     """Raise the `HubError` that names the cause found first in the chain of errors."""
     cached = "; no copy in the cache" if isinstance(error, LocalEntryNotFoundError) else ""
     where, cause = constants.ENDPOINT, " ".join(str(error).split())
-    link: BaseException | None = error
-    while link is not None:
+    for link in _chain(error):
         if isinstance(link, HubError):
             raise link
         if isinstance(link, (HTTPError, OfflineModeIsEnabled)):
             where, cause = _describe(link)
             break
-        link = link.__cause__ or link.__context__
     raise HubError(f"{repo_id}: {where}: {cause}{cached}") from error
 
 

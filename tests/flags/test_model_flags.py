@@ -1,7 +1,9 @@
+import re
 from contextlib import nullcontext
 
 import pytest
 import torch
+from timm.data import resolve_input_data_config
 
 import semivim  # noqa: F401
 from semivim.flags import model_flags
@@ -9,6 +11,8 @@ from semivim.flags.data_flags import add_augmentation_flags
 from semivim.flags.parser import Parser
 from semivim.models import vim
 from semivim.utils.user_error import UserError
+from tests.hub_client import shared_client, shared_hub
+from tests.hub_server import Fault
 
 
 def parse(words):
@@ -53,9 +57,66 @@ def test_what_the_user_can_mend_is_one_line(words, message):
     assert "\n" not in str(error.value)
 
 
-def test_options_of_another_method_are_named():
-    with pytest.raises(UserError, match="--model test_vit: .*ssmixup_c"):
-        create("--model test_vit", ssmixup_c="own", ssmixup_layers=None)
+def test_a_network_of_convolutions_takes_images_of_any_size():
+    assert create("--model test_resnet --img-size 48")(torch.zeros(1, 3, 48, 48)).shape == (1, 7)
+    args = parse("--model test_resnet --input-size 1 48 64")
+    model = model_flags.create_model(args, num_classes=7)
+    assert resolve_input_data_config(model, vars(args))["input_size"] == (1, 48, 64)
+    assert model(torch.zeros(1, 1, 48, 64)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model vgg11 --drop-path 0.1", "^--model vgg11: does not take --drop-path$"),
+        (
+            "--model test_resnet --model-kwargs depth=2",
+            r"^--model test_resnet --model-kwargs {.depth.: 2}: does not take depth$",
+        ),
+        ("--model test_resnet --gp magic", "^--model test_resnet --gp magic: Invalid pool type: magic"),
+        ("--model dla46x_c --grad-checkpointing", "^--grad-checkpointing: --model dla46x_c does not support it$"),
+    ],
+)
+def test_what_another_model_does_not_take_is_named_by_its_flag(words, message):
+    with pytest.raises(UserError, match=message):
+        create(words)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_ssmixup_needs_a_vim(name):
+    with pytest.raises(UserError, match=f"--model {name}: does not take --pseudo-mixup ss: SSMixup needs a Vim"):
+        create(f"--model {name}", ssmixup_c="own", ssmixup_layers=None)
+
+
+CREATE = """
+from semivim.flags.model_flags import add_model_flags, create_model
+from semivim.flags.data_flags import add_augmentation_flags
+from semivim.flags.parser import Parser
+parser = Parser()
+add_model_flags(parser, model="")
+add_augmentation_flags(parser)
+create_model(parser.parse_args(words), 3)
+"""
+
+
+@pytest.mark.parametrize("words", [["--model", "test_vit", "--pretrained"], ["--model", "hf-hub:org/nothing"]])
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        (500, r"500 Internal Server Error: the Hub failed, try again later .*\(3 tries\)"),
+        (404, "404 Not Found"),
+        ("hang", r"no answer in time \(3 tries\)"),  # as a refused port and offline mode, see test_hub_session.py
+    ],
+)
+def test_a_hub_that_fails_is_one_line_soon(words, kind, cause):
+    hub = shared_hub()
+    hub.fault = Fault("(GET|HEAD) /", kind)
+    try:
+        answer = shared_client().run(CREATE, words=words)
+    finally:
+        hub.fault = None
+    assert re.fullmatch(rf"HubError: {words[1]}: {hub.url}/.*: {cause}.*", answer.line)
+    assert answer.seconds < 15
 
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError, IndexError, AssertionError])
