@@ -16,7 +16,6 @@ import os
 import time
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 # OpenMP reads this when torch is loaded. Threads that spin while they wait waste a core that other work could use.
@@ -36,22 +35,13 @@ from semivim.data import (
     LabelSplit,
     StreamLoader,
     View,
-    check_sources,
-    complete_split,
-    join_sources,
-    load_split,
-    make_split,
-    open_source,
-    open_unlabelled_folder,
     save_split,
-    split_from_lists,
 )
 from semivim.flags.data_flags import (
     add_augmentation_flags,
     add_dataset_flags,
     mixes,
     mixup_kwargs,
-    source_kwargs,
     view_kwargs,
 )
 from semivim.flags.model_flags import (
@@ -62,12 +52,11 @@ from semivim.flags.model_flags import (
     mixed_precision,
     open_device,
 )
+from semivim.flags.open_data import open_data
 from semivim.flags.parser import Parser, flag, parse_flags
 from semivim.flags.ssl_flags import (
     SPLIT_FLAGS,
     add_semi_supervised_flags,
-    complete_split_kwargs,
-    make_split_kwargs,
     ssmixup_kwargs,
     strong_view_kwargs,
     task_kwargs,
@@ -147,7 +136,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not (args.dataset or args.data_dir):
         against = {  # demo values that make way for what is given
             "labels_per_class": args.label_fraction or args.imb_n1 or args.labeled_list,
-            "pseudo_mixup": args.ssl_method == "supervised",
             "lr": args.lr_base != parser.get_default("lr_base"),
             "sched_on_updates": args.sched == "plateau",
         }
@@ -155,28 +143,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parse_flags(parser, argv, {key: DEMO[key] for key in DEMO if not against.get(key)})
     parser.check(args)
     return args
-
-
-def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[ImageSource, ImageSource, LabelSplit]:
-    """Open training and validation images and draw the label split, or read back the one of a resumed run."""
-    source = open_source(split=args.train_split, **source_kwargs(args))
-    val_source = open_source(split=args.val_split, **source_kwargs(args))
-    num_classes = args.num_classes or source.num_classes
-    check_sources(source, val_source, args.val_split, num_classes)
-    listed, known = source, len(source)
-    if args.unlabeled_dir:
-        unlabelled_source = open_unlabelled_folder(args.unlabeled_dir)
-        check_sources(unlabelled_source, val_source, args.val_split, num_classes)
-        source = join_sources(source, unlabelled_source)
-    if split_folder:
-        return source, val_source, load_split(split_folder, source.labels, num_classes, source.names)
-    if args.labeled_list:  # lists name images of the dataset, so they are read before others join it
-        options = complete_split_kwargs(args)
-        split = split_from_lists(listed, num_classes, args.labeled_list, args.unlabeled_list, args.data_dir, **options)
-        labels = np.concatenate([split.labels, source.labels[known:]])
-        unlabelled = np.concatenate([split.unlabelled, np.arange(known, len(source))])
-        return source, val_source, complete_split(labels, num_classes, split.labelled, unlabelled, **options)
-    return source, val_source, make_split(source.labels, num_classes, **make_split_kwargs(args))
 
 
 def create_loaders(

@@ -1,13 +1,13 @@
 """Images, label splits, views and mixing for semi-supervised training."""
 
 from semivim.data.evaluation import EvaluationLoader, LabelledBatch
-from semivim.data.label_split import LabelSplit, complete_split, load_split, make_split, save_split
-from semivim.data.list_files import ListedImages, read_list, split_from_lists
+from semivim.data.label_split import LabelSplit, complete_split, draw_validation, load_split, make_split, save_split
+from semivim.data.list_files import ListedImages, listed_classes, read_list, split_from_lists
+from semivim.data.source_parts import join_sources, select_images
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
     check_sources,
-    join_sources,
     open_source,
     open_unlabelled_folder,
 )
@@ -36,7 +36,9 @@ __all__ = [
     "View",
     "check_sources",
     "complete_split",
+    "draw_validation",
     "join_sources",
+    "listed_classes",
     "load_split",
     "make_split",
     "mix_inputs",
@@ -48,5 +50,6 @@ __all__ = [
     "pair_retained",
     "read_list",
     "save_split",
+    "select_images",
     "split_from_lists",
 ]

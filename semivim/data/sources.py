@@ -136,6 +136,7 @@ def open_source(
     split: str = "train",
     num_classes: int | None = None,
     rules: PixelRules = DEFAULT_RULES,
+    is_whole: bool = False,
     **options: Any,
 ) -> ImageSource:
     """Open a data set by timm's name for it, or ``embedded/digits``.
@@ -147,6 +148,7 @@ def open_source(
         split: Name of the split, with timm's synonyms for folders; '.' is ``data_dir`` itself.
         num_classes: Number of classes that labels must stay below; not checked if None.
         rules: How pixels become 8 bits.
+        is_whole: Validation images come from this source too: a folder without folders of splits is itself the split.
         **options: More of timm's ``create_dataset`` arguments (class_map, download, ...).
 
     Raises:
@@ -155,22 +157,27 @@ def open_source(
     """
     kind = _kind(dataset)
     for name in sorted(set(options) - _OPTIONS[kind]):
-        raise UserError(f"{name}={options[name]!r} is not read with dataset {dataset!r}")
+        given = f"--{'dataset-' if name in ('download', 'trust_remote_code') else ''}{name.replace('_', '-')}"
+        raise UserError(f"{given} {options[name]!r} is not read with dataset {dataset!r}")
     if kind == "embedded":
         source = _open_digits(dataset, data_dir, split)
     else:
+        if is_whole and _is_flat(data_dir or ""):
+            split = "."
         source = _open_timm(kind, dataset, data_dir, split, **options)
     source.rules = rules
     if len(source) == 0:
         raise UserError(f"dataset {dataset!r}, split {split!r}: no images in {data_dir!r}")
     if num_classes is not None and source.num_classes > num_classes:
         raise UserError(
-            f"num_classes is {num_classes}, but dataset {dataset!r} has {source.num_classes} classes (split {split!r})"
+            f"--num-classes is {num_classes}, but dataset {dataset!r} has {source.num_classes} classes, split {split!r}"
         )
     return source
 
 
-def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, num_classes: int | None = None) -> None:
+def check_sources(
+    source: ImageSource, val_source: ImageSource | None, val_split: str, num_classes: int | None = None
+) -> None:
     """Refuse validation images that are training images, and labels that mean other classes or none.
 
     Files are the same where their folder is, links to folders resolved; images without names are where all labels and
@@ -178,16 +185,16 @@ def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, 
 
     Args:
         source: The training set, or other images to train on.
-        val_source: The validation set.
+        val_source: The validation set; None where it is held out of ``source``.
         val_split: Name of the validation split.
         num_classes: Number of classes that labels must stay below; those of ``source`` if None.
 
     Raises:
         UserError: With the folder that both hold, the first class that differs, or the label that is out of range.
     """
-    if shared := _shared_images(source, val_source):
+    if val_source and (shared := shared_images(source, val_source)):
         raise UserError(f"images to train on are validation images too: split {val_split!r} shares {shared}")
-    ours, theirs = source.class_names, val_source.class_names
+    ours, theirs = source.class_names, val_source.class_names if val_source else None
     if ours and theirs and ours != theirs:
         odd = sorted(set(ours) ^ set(theirs)) or [a for a, b in zip(ours, theirs, strict=True) if a != b]
         raise UserError(
@@ -195,13 +202,14 @@ def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, 
         )
     wanted = num_classes or source.num_classes
     if wanted == 0:
-        raise UserError("training images have no classes: wanted a folder for each, or num_classes and labelled lists")
-    for role, part in (("training", source), ("validation", val_source)):
+        raise UserError(
+            "training images have no classes: wanted a folder for each, or --num-classes and --labeled-list"
+        )
+    for role, part in (("training", source), ("validation", val_source or source)):
         worst = int(part.labels.argmax())
         if part.labels[worst] >= wanted:
-            raise UserError(
-                f"{role} label {part.labels[worst]} of {part.describe(worst)} is out of range for num_classes={wanted}"
-            )
+            label, image = part.labels[worst], part.describe(worst)
+            raise UserError(f"{role} label {label} of {image} is out of range for --num-classes {wanted}")
 
 
 def open_unlabelled_folder(root: str) -> ImageSource:
@@ -220,33 +228,13 @@ def open_unlabelled_folder(root: str) -> ImageSource:
     return ImageSource(_FileReader(root, names), np.full(len(names), UNKNOWN), names=names, root=root)
 
 
-def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
-    """Append the images of one source to another's; the classes and the rules for pixels are the first one's.
-
-    Raises:
-        UserError: If they have images in common, which would count twice.
-    """
-    if shared := _shared_images(first, second):
-        raise UserError(f"unlabelled images are training images already, and would count twice: both hold {shared}")
-    names, root = None, None
-    if first.names is not None and second.names is not None and first.root and second.root:
-        root = os.path.commonpath([os.path.abspath(first.root), os.path.abspath(second.root)])
-        names = [
-            os.path.relpath(os.path.join(source.root or "", name), root)
-            for source in (first, second)
-            for name in source.names or ()
-        ]
-    labels = np.concatenate([first.labels, second.labels])
-    return ImageSource(_JoinedReader(first, second), labels, first.class_names, names, root, first.rules)
-
-
 @cache
 def _range_said() -> torch.Tensor:
     """Whether a picture of little range was named already, ``(1,)``; one flag for this process and its workers."""
     return torch.zeros(1, dtype=torch.bool).share_memory_()
 
 
-def _shared_images(first: ImageSource, second: ImageSource) -> str:
+def shared_images(first: ImageSource, second: ImageSource) -> str:
     """Describe the images that two sources share, '' if none."""
     if first.names is None and second.names is None:
         same = np.array_equal(first.labels, second.labels) and first.image(0) == second.image(0)
@@ -268,15 +256,6 @@ class _FileReader:
             image = Image.open(file)
             image.load()
         return image
-
-
-class _JoinedReader:
-    def __init__(self, first: ImageSource, second: ImageSource) -> None:
-        self.first, self.second = first, second
-
-    def __call__(self, index: int) -> Image.Image:
-        n = len(self.first)
-        return self.first.read(index) if index < n else self.second.read(index - n)
 
 
 class _TimmReader:
@@ -328,18 +307,28 @@ def _split_folder(data_dir: str, split: str) -> str:
     for name in (split, *next((names for names in (_TRAIN_SPLITS, _VAL_SPLITS) if split in names), ())):
         if os.path.exists(folder := os.path.join(data_dir, name)):
             return data_dir if name == "." else folder
-    with os.scandir(data_dir) as entries:
-        subfolders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    subfolders = _subfolders(data_dir)
     raise UserError(
-        f"split {split!r} has no folder of its own in data_dir {data_dir!r}, which holds "
-        f"{', '.join(subfolders[:10]) or 'no folder'}{', ...' if len(subfolders) > 10 else ''}; '.' is data_dir itself"
+        f"split {split!r} has no folder of its own in --data-dir {data_dir!r}, which holds "
+        f"{', '.join(subfolders[:10]) or 'no folder'}{', ...' if len(subfolders) > 10 else ''}; where its folders are "
+        "classes, --val-fraction 0.1 holds validation images out"
     )
+
+
+def _subfolders(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _is_flat(data_dir: str) -> bool:
+    """Whether a folder has no folder of any split."""
+    return os.path.isdir(data_dir) and not {*_TRAIN_SPLITS, *_VAL_SPLITS, "test"} & set(_subfolders(data_dir))
 
 
 def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **options: Any) -> ImageSource:
     needs_folder = kind != "hfds" and not (data_dir and options.get("download"))
     if needs_folder and not os.path.exists(data_dir or ""):
-        raise UserError(f"data_dir {data_dir!r} does not exist (dataset {dataset!r})")
+        raise UserError(f"--data-dir {data_dir!r} does not exist (dataset {dataset!r})")
     if kind == "wds":
         read, labels, names = index_shards(data_dir or "", split, options.get("input_key"), options.get("target_key"))
         return ImageSource(read, labels, names=names, root=data_dir)
@@ -353,12 +342,12 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else []  # Hugging Face
     except _OPENING_ERRORS as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
-        raise UserError(f"dataset {dataset!r} in data_dir {data_dir!r}, split {split!r}: {reason}") from error
+        raise UserError(f"dataset {dataset!r} in --data-dir {data_dir!r}, split {split!r}: {reason}") from error
     if reader is None:
         return _from_torchvision(dataset, opened, split)
     if targets and reader.dataset[0][reader.image_key] is None:  # datasets makes an empty column of an unknown name
         columns = ", ".join(reader.dataset.column_names)
-        raise UserError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (input_key) of {columns}")
+        raise UserError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (--input-key) of {columns}")
     labels, class_names = _classes(targets, reader.class_to_idx)
     return ImageSource(_TimmReader(reader), labels, class_names)
 
@@ -394,7 +383,7 @@ def _label(root: str, names: list[str], class_map: str) -> tuple[list[str], list
         try:
             class_to_idx = load_class_map(class_map, root)
         except _OPENING_ERRORS as error:
-            raise UserError(f"class_map {class_map!r}: {error}") from error
+            raise UserError(f"--class-map {class_map!r}: {error}") from error
         names = [name for name, folder in zip(names, folders, strict=True) if folder in class_to_idx]
         folders = [folder for folder in folders if folder in class_to_idx]
     else:
@@ -415,7 +404,7 @@ def _classes(targets: Iterable[int | None], class_to_idx: dict[str, int]) -> tup
     """
     for name, index in class_to_idx.items():
         if not isinstance(index, int) or index < 0:
-            raise UserError(f"class_map gives class {name!r} the label {index!r}, wanted a whole number")
+            raise UserError(f"--class-map gives class {name!r} the label {index!r}, wanted a whole number")
     indices = dict(class_to_idx)
     rootless = next((indices.pop(name) for name in ("", ".") if name in indices), None)
     labels = [UNKNOWN if label in (None, rootless) else label for label in targets]
@@ -463,7 +452,7 @@ def _open_digits(dataset: str, data_dir: str | None, split: str) -> ImageSource:
     if dataset != "embedded/digits":
         raise UserError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits'")
     if data_dir:
-        raise UserError(f"data_dir={data_dir!r} is not read with dataset {dataset!r}")
+        raise UserError(f"--data-dir {data_dir!r} is not read with dataset {dataset!r}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import ImageColor
 from timm.data import create_transform
 
-from semivim.flags.parser import COUNT, COUNT_OR_NONE, NON_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_ONE, Parser
+from semivim.flags.parser import COUNT, COUNT_OR_NONE, NON_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_ONE, Number, Parser
 from semivim.utils.pixels import PixelRules
 
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -36,12 +36,29 @@ def add_dataset_flags(parser: Parser) -> None:
     )
     group.add_argument("--train-split", default="train", metavar="NAME", help="training split")
     group.add_argument("--val-split", default="validation", metavar="NAME", help="validation split")
+    group.add_argument(
+        "--val-fraction",
+        type=Number(0, 1, ends="()"),
+        default=None,
+        help="share of each class to validate with, held out of the training images, in place of --val-split",
+    )
+    group.add_argument(
+        "--val-list", default=None, metavar="FILE", help="list of training images to validate with, likewise"
+    )
     group.add_argument("--dataset-download", action="store_true", help="allow torch/ and hfds/ datasets to download")
     group.add_argument("--class-map", default="", metavar="FILE", help="class name to index mapping file")
     group.add_argument("--input-key", default=None, metavar="KEY", help="dataset key for images")
     group.add_argument("--target-key", default=None, metavar="KEY", help="dataset key for labels")
     group.add_argument("--dataset-trust-remote-code", action="store_true", help="let hfds/ datasets run their code")
     pixel_flags(group)
+    parser.checks.append(_check_dataset)
+
+
+def _check_dataset(parser: Parser, args: argparse.Namespace) -> None:
+    if args.val_fraction and args.val_list:
+        parser.error("give one of --val-fraction and --val-list, got both")
+    if held_out := args.val_fraction or args.val_list:
+        parser.refuse_unread(args, {"neither --val-fraction nor --val-list": (not held_out, "val_split")})
 
 
 def colour(text: str) -> str:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semivim.data.source_parts import join_sources
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
     check_sources,
-    join_sources,
     open_source,
     open_unlabelled_folder,
 )
@@ -98,7 +98,7 @@ def test_hugging_face_dataset(write_images, tmp_path, monkeypatch):
     assert [grey(source, i) for i in range(3)] == [0, 10, 20]
     for options, message in (
         ({"target_key": "none"}, "split 'train': KeyError 'none'"),
-        ({"input_key": "none"}, r"no image in column 'none' \(input_key\) of image, label, none"),
+        ({"input_key": "none"}, r"no image in column 'none' \(--input-key\) of image, label, none"),
         ({"class_map": str(tmp_path / "none.txt")}, "Cannot locate specified class map file"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -144,12 +144,12 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
         ("hfids/mnist", "is a stream"),
         ("TFDS/cifar10", "is a stream"),
         ("embedded/letters", "wanted 'embedded/digits'"),
-        ("embedded/digits", "data_dir='.*' is not read with dataset 'embedded/digits'"),
+        ("embedded/digits", "--data-dir '.*' is not read with dataset 'embedded/digits'"),
         ("trch/cifar10", "'trch/cifar10' is not known; wanted '' .*, 'torch/<name>', 'hfds/<name>', 'wds/<name>'"),
         ("cifar10", "'cifar10' is not known"),
         ("/cifar10", "'/cifar10' is not known"),
         ("Torch/fashionmnist", "Unknown torchvision dataset fashionmnist"),
-        ("torch/cifar10", "dataset 'torch/cifar10' in data_dir .*not found or corrupted"),
+        ("torch/cifar10", "dataset 'torch/cifar10' in --data-dir .*not found or corrupted"),
     ],
 )
 def test_sources_that_cannot_be(tmp_path, dataset, message):
@@ -160,12 +160,16 @@ def test_sources_that_cannot_be(tmp_path, dataset, message):
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        ("embedded/digits", {"class_map": "map.txt"}, "class_map='map.txt' is not read with dataset 'embedded/digits'"),
-        ("torch/fashion_mnist", {"class_map": "map.txt"}, "class_map='map.txt' is not read"),
-        ("torch/fashion_mnist", {"target_key": "coarse"}, "target_key='coarse' is not read"),
-        ("wds/toy", {"class_map": "map.txt"}, "class_map='map.txt' is not read"),
-        ("", {"target_key": "coarse"}, "target_key='coarse' is not read with dataset ''"),
-        ("folder", {"download": True}, "download=True is not read"),
+        (
+            "embedded/digits",
+            {"class_map": "map.txt"},
+            "--class-map 'map.txt' is not read with dataset 'embedded/digits'",
+        ),
+        ("torch/fashion_mnist", {"class_map": "map.txt"}, "--class-map 'map.txt' is not read"),
+        ("torch/fashion_mnist", {"target_key": "coarse"}, "--target-key 'coarse' is not read"),
+        ("wds/toy", {"class_map": "map.txt"}, "--class-map 'map.txt' is not read"),
+        ("", {"target_key": "coarse"}, "--target-key 'coarse' is not read with dataset ''"),
+        ("folder", {"download": True}, "--dataset-download True is not read"),
     ],
 )
 def test_options_that_nothing_reads(dataset, options, message):
@@ -175,7 +179,7 @@ def test_options_that_nothing_reads(dataset, options, message):
 
 def test_split_needs_a_folder_of_its_own(write_images):
     root = write_images(["validation/cat/1.png", "validation/dog/2.png", ".hidden/cat/3.png"])
-    wanted = r"split 'trian' has no folder of its own in data_dir '.*', which holds validation; '\.' is data_dir itself"
+    wanted = r"split 'trian' has no folder of its own in --data-dir '.*', which holds validation; where its folders are"
     for dataset in ("", "folder", "torch/image_folder"):
         with pytest.raises(ValueError, match=wanted):
             open_source(dataset, str(root), "trian")
@@ -189,9 +193,9 @@ def test_split_needs_a_folder_of_its_own(write_images):
 
 def test_missing_places_are_named(tmp_path):
     for dataset in ("", "torch/cifar10"):
-        with pytest.raises(ValueError, match="data_dir '.*nowhere' does not exist"):
+        with pytest.raises(ValueError, match="--data-dir '.*nowhere' does not exist"):
             open_source(dataset, str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="data_dir None does not exist"):
+    with pytest.raises(ValueError, match="--data-dir None does not exist"):
         open_source("")
     with pytest.raises(ValueError, match="unlabelled folder '.*nowhere' is not a directory"):
         open_unlabelled_folder(str(tmp_path / "nowhere"))
@@ -202,7 +206,7 @@ def test_missing_places_are_named(tmp_path):
 
 
 def test_more_classes_than_the_model_has(write_images):
-    with pytest.raises(ValueError, match="num_classes is 1, but dataset '' has 2 classes"):
+    with pytest.raises(ValueError, match="--num-classes is 1, but dataset '' has 2 classes, split"):
         open_source("", str(write_images(FOLDERS)), "train", num_classes=1)
 
 
@@ -277,10 +281,10 @@ def test_labels_beyond_the_model_are_refused_before_training():
     def numbered(*labels):
         return ImageSource(lambda index: Image.new("L", (1, 1), index), labels)
 
-    with pytest.raises(ValueError, match="validation label 3 of image 1 is out of range for num_classes=3"):
+    with pytest.raises(ValueError, match="validation label 3 of image 1 is out of range for --num-classes 3"):
         check_sources(numbered(0, 1, 2), numbered(0, 3), "val")
     check_sources(numbered(0, 1, 2), numbered(0, 3), "val", 4)
-    with pytest.raises(ValueError, match="training label 4 of image 2 is out of range for num_classes=4"):
+    with pytest.raises(ValueError, match="training label 4 of image 2 is out of range for --num-classes 4"):
         check_sources(numbered(0, 1, 4), numbered(0, 3), "val", 4)
 
 
@@ -334,10 +338,10 @@ def test_faults_of_a_class_map_are_named(write_images, tmp_path):
     root = str(write_images(["train/cat/1.png", "train/dog/2.png"]))
     path = tmp_path / "map.pkl"
     for content, message in (
-        (b"no pickle", "class_map '.*map.pkl': invalid load key"),
+        (b"no pickle", "--class-map '.*map.pkl': invalid load key"),
         (pickle.dumps(["cat"]), "expected a dict"),
-        (pickle.dumps({"cat": 0, "dog": "1"}), "class_map gives class 'dog' the label '1', wanted a whole number"),
-        (pickle.dumps({"cat": 0, "dog": -1}), "class_map gives class 'dog' the label -1"),
+        (pickle.dumps({"cat": 0, "dog": "1"}), "--class-map gives class 'dog' the label '1', wanted a whole number"),
+        (pickle.dumps({"cat": 0, "dog": -1}), "--class-map gives class 'dog' the label -1"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):

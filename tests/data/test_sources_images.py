@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from semivim.data.source_parts import join_sources
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
     _range_said,
-    join_sources,
     open_source,
     open_unlabelled_folder,
 )
