@@ -36,7 +36,8 @@ def load_model(
     """Create a model with weights, in eval mode on the CPU.
 
     Args:
-        name: ``hf-hub:org/name[@revision]``, ``local-dir:FOLDER`` (as a training run leaves it), or a timm model name.
+        name: ``hf-hub:org/name[@revision]``, a folder as a training run leaves it, with ``local-dir:`` before it or
+            without, or a timm model name.
         pretrained: Load the pretrained weights of a timm model name.
         checkpoint: Load this file into a timm model name; of a training checkpoint the teacher's weights.
         num_classes: Number of classes of ``checkpoint``; the model's own if None.
@@ -45,22 +46,24 @@ def load_model(
         UserError: If the name is unknown, has no weights, or the checkpoint does not fit.
         HubError: If the weights cannot be had from the Hub.
     """
+    if not timm.is_model(name) and os.path.isdir(name):
+        name = f"{_FOLDER}{name}"
     if name.startswith((_HUB, _FOLDER)):
         if checkpoint or pretrained or num_classes:
-            raise UserError(f"model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
+            raise UserError(f"--model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
         if name.startswith(_FOLDER):
-            return load_folder(Path(name.removeprefix(_FOLDER)), f"model: {name}")
-        return load_folder(_download(name.removeprefix(_HUB)), f"model: {name}")
+            return load_folder(Path(name.removeprefix(_FOLDER)), f"--model {name}")
+        return load_folder(_download(name.removeprefix(_HUB)), f"--model {name}")
     if not timm.is_model(name):
         near = difflib.get_close_matches(split_model_name_tag(name)[0], timm.list_models(), n=3)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(f"model: wanted a timm model, {_HUB}org/name or {_FOLDER}FOLDER, got {name!r}{hint}")
+        raise UserError(f"--model: wanted a timm model, {_HUB}org/name or a run folder, got {name!r}{hint}")
     if pretrained == bool(checkpoint):
-        raise UserError(f"model: {name} needs weights, wanted either pretrained or a checkpoint")
+        raise UserError(f"--model: {name} needs weights, wanted either pretrained or a checkpoint")
     if checkpoint:
         return _load_checkpoint(name, checkpoint, num_classes)
     if num_classes:
-        raise UserError(f"num_classes: {num_classes} goes with a checkpoint, wanted none with pretrained weights")
+        raise UserError(f"--num-classes: {num_classes} goes with a checkpoint, wanted none with pretrained weights")
     return _load_pretrained(name)
 
 
@@ -86,7 +89,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
 def predict(
     model: nn.Module,
     image_path: str | Path,
-    topk: int = 5,
+    topk: int | None = None,
     rules: PixelRules = DEFAULT_RULES,
 ) -> list[tuple[str, float]]:
     """Most probable classes of an image file, read and prepared by the code that evaluates a training run.
@@ -96,7 +99,7 @@ def predict(
     Args:
         model: A timm model in eval mode.
         image_path: Any image file that Pillow reads.
-        topk: Number of classes to return, at most the model's.
+        topk: Number of classes to return, at most the model's; 5, or all of fewer, if None.
         rules: How pixels become 8 bits, as in training.
 
     Returns:
@@ -108,15 +111,16 @@ def predict(
     """
     names = _class_names(model)
     if not names:
-        raise UserError("model: it has 0 classes, wanted a classifier")
+        raise UserError("--model: it has 0 classes, wanted a classifier")
+    topk = min(5, len(names)) if topk is None else topk
     if not 1 <= topk <= len(names):
-        raise UserError(f"topk: wanted 1 to {len(names)}, got {topk}")
+        raise UserError(f"--topk: wanted 1 to {len(names)}, got {topk}")
     source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)], rules=rules)
     images = _evaluation_view(model, source.image(0), str(image_path))
     with torch.inference_mode():
         logits = model(images)[0].float()
     if not logits.isfinite().all():
-        raise UserError(f"model: its logits of {image_path} are not finite")
+        raise UserError(f"--model: its logits of {image_path} are not finite")
     confidence, index = logits.softmax(-1).topk(topk)
     return [(names[i], c) for i, c in zip(index.tolist(), confidence.tolist(), strict=True)]
 
@@ -127,7 +131,7 @@ def _evaluation_view(model: nn.Module, image: Image.Image, name: str) -> Tensor:
         view = View(**resolve_input_data_config(model), is_training=False)
         return view.load(view([image], [0]), torch.device("cpu"))
     except UNREADABLE as error:
-        raise UserError(f"model: its pretrained_cfg cannot prepare {name}: {one_line(error)}") from error
+        raise UserError(f"--model: its pretrained_cfg cannot prepare {name}: {one_line(error)}") from error
 
 
 def _open_image(path: str | Path) -> Image.Image:
@@ -156,9 +160,9 @@ def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.
     except TypeError as error:  # a bug of the model's, but where it was given a number of classes
         if num_classes is None:
             raise
-        raise UserError(f"num_classes: {num_classes} does not suit {name}: {one_line(error)}") from error
+        raise UserError(f"--num-classes: {num_classes} does not suit {name}: {one_line(error)}") from error
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
+        raise UserError(f"--checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
     return model.eval()
 
 
@@ -173,11 +177,11 @@ def _load_pretrained(name: str) -> nn.Module:
     try:
         config = get_pretrained_cfg(name)
     except RuntimeError as error:  # an unknown tag
-        raise UserError(f"model: {name}: {one_line(error)}") from error
+        raise UserError(f"--model: {name}: {one_line(error)}") from error
     if config is None or not config.has_weights:
         known = timm.list_models(f"{split_model_name_tag(name)[0].split('_')[0]}*", pretrained=True)
         hint = f"; with weights: {', '.join(known[:5])}" if known else ""
-        raise UserError(f"model: no pretrained weights exist for {name}{hint}")
+        raise UserError(f"--model: no pretrained weights exist for {name}{hint}")
     repo_id, _, revision = (config.hf_hub_id or "").partition("@")
     if repo_id:
         # timm finds the file in the cache, where its checksum has been verified

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from semivim.utils.terminal import escape
+from semivim.utils.terminal import escape, escape_what_the_output_cannot_encode
 
 
 class UserError(ValueError):
@@ -26,6 +26,7 @@ def user_errors_end_the_program(prog: str, debug: bool = False) -> Iterator[None
         prog: Name of the program, which the line starts with.
         debug: Print the traceback before the line.
     """
+    escape_what_the_output_cannot_encode()
     try:
         yield
     except OSError as error:
