@@ -75,7 +75,7 @@ from semivim.flags.train_flags import (
 from semivim.runs.checkpoint import save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
-from semivim.runs.progress import Progress, sum_over_ranks
+from semivim.runs.progress import Progress, mean_over_ranks, sum_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
 from semivim.task.semi_supervised import SemiSupervisedTask
@@ -301,7 +301,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 scheduler.step_update(progress.num_updates)
             log.step((1 + ratio) * per_update)
             if progress.num_updates % args.log_interval == 0:
-                log.record({"lr": mean_lr(optimizer), **interval_means(progress.interval), **teacher_figures(task)})
+                means = interval_means(mean_over_ranks(progress.interval))
+                log.record({"lr": mean_lr(optimizer), **means, **teacher_figures(task)})
                 progress.interval = {}
             if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
                 progress.unreadable = sum_over_ranks(loader.unreadable)
@@ -316,7 +317,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
             student, teacher = measure()
             log.record({"epoch": epoch, "student_top1": student["top1"], "teacher_top1": teacher["top1"]})
-        means = interval_means(progress.epoch) | teacher_figures(task)
+        means = interval_means(mean_over_ranks(progress.epoch)) | teacher_figures(task)
         scheduler.step(epoch + 1, teacher.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
         log.epoch(epoch, means, {"student_top1": student.get("top1"), **teacher}, mean_lr(optimizer))

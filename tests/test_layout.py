@@ -15,7 +15,7 @@ LAYERS = {  # folder -> folders of semivim that it may import
     "layers": {"ops", "layers"},
     "models": {"layers", "models", "_timm"},
     "loss": {"loss"},
-    "data": {"data", "utils"},
+    "data": {"data", "utils", "hub"},
     "utils": {"utils"},
     "runs": {"utils", "runs"},
     "task": {"loss", "data", "utils", "runs", "task"},

@@ -5,7 +5,8 @@ import os
 import pickle
 import struct
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -16,11 +17,13 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
+from torchvision.datasets import STL10
 
 from semivim.data.image_files import classes_of_files, file_order, find_image_files, is_hidden
 from semivim.data.label_split import UNKNOWN
 from semivim.data.tar_files import index_tar
 from semivim.data.wds_shards import ShardReader, index_shards
+from semivim.hub.hub_session import hub_session, is_hub_error
 from semivim.utils.pixels import DEFAULT_RULES, PixelRules, to_8_bit, uses_little_of_its_range
 from semivim.utils.user_error import UserError
 
@@ -161,6 +164,8 @@ def open_source(
         raise UserError(f"{given} {options[name]!r} is not read with dataset {dataset!r}")
     if kind == "embedded":
         source = _open_digits(dataset, data_dir, split)
+    elif dataset.lower() == "torch/stl10":
+        source = _open_stl10(data_dir or "", split, bool(options.get("download")))
     else:
         if is_whole and _is_flat(data_dir or ""):
             split = "."
@@ -325,6 +330,19 @@ def _is_flat(data_dir: str) -> bool:
     return os.path.isdir(data_dir) and not {*_TRAIN_SPLITS, *_VAL_SPLITS, "test"} & set(_subfolders(data_dir))
 
 
+@contextmanager
+def _opening(dataset: str, data_dir: str | None, split: str) -> Iterator[None]:
+    """Turn what timm, torchvision and datasets raise on unusable data into one line."""
+    with hub_session(dataset.partition("/")[2]):
+        try:
+            yield
+        except _OPENING_ERRORS as error:
+            if is_hub_error(error):
+                raise
+            reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
+            raise UserError(f"dataset {dataset!r} in --data-dir {data_dir!r}, split {split!r}: {reason}") from error
+
+
 def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **options: Any) -> ImageSource:
     needs_folder = kind != "hfds" and not (data_dir and options.get("download"))
     if needs_folder and not os.path.exists(data_dir or ""):
@@ -336,19 +354,21 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         return _open_folder(_split_folder(data_dir or "", split), **options)
     if not kind and "input_key" not in options:
         return _open_tar(data_dir or "", **options)
-    try:
+    with _opening(dataset, data_dir, split):
         opened = create_dataset(dataset, root=data_dir, split=split, search_split=False, **options)
         reader: Any = opened.reader if isinstance(opened, ImageDataset) else None
         targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else []  # Hugging Face
-    except _OPENING_ERRORS as error:
-        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
-        raise UserError(f"dataset {dataset!r} in --data-dir {data_dir!r}, split {split!r}: {reason}") from error
     if reader is None:
         return _from_torchvision(dataset, opened, split)
     if targets and reader.dataset[0][reader.image_key] is None:  # datasets makes an empty column of an unknown name
         columns = ", ".join(reader.dataset.column_names)
         raise UserError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (--input-key) of {columns}")
-    labels, class_names = _classes(targets, reader.class_to_idx)
+    class_to_idx = reader.class_to_idx
+    if not class_to_idx and any(isinstance(target, str) for target in targets):  # a column of text, not of classes
+        named = sorted({target for target in targets if target is not None}, key=file_order)
+        class_to_idx = {name: label for label, name in enumerate(named)}
+        targets = [class_to_idx.get(target) for target in targets]
+    labels, class_names = _classes(targets, class_to_idx)
     return ImageSource(_TimmReader(reader), labels, class_names)
 
 
@@ -438,6 +458,16 @@ def _from_torchvision(dataset: str, opened: Any, split: str) -> ImageSource:
     if labels is None:
         raise UserError(f"dataset {dataset!r} gives no list of labels; wanted {_WORKING_SOURCES}")
     return ImageSource(_PairReader(opened), labels, getattr(opened, "classes", None))
+
+
+def _open_stl10(data_dir: str, split: str, download: bool) -> ImageSource:
+    """Open STL-10, whose 100,000 images without labels belong to the training split."""
+    parts = dict.fromkeys(_TRAIN_SPLITS, "train+unlabeled") | dict.fromkeys((*_VAL_SPLITS, "test"), "test")
+    if split not in parts:
+        raise UserError(f"split {split!r} of 'torch/stl10' does not exist; wanted 'train' or 'validation'")
+    with _opening("torch/stl10", data_dir, split):
+        opened = STL10(data_dir, parts[split], download=download)
+    return ImageSource(_PairReader(opened), opened.labels.astype(np.int64), opened.classes)
 
 
 _DIGITS_TEST_PER_CLASS = 50

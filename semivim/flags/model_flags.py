@@ -6,12 +6,14 @@ import importlib.util
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import timm
 import torch
 from timm.utils import NativeScaler, ParseKwargs, init_distributed_device
+from torch.distributed import distributed_c10d
 
 from semivim.flags.data_flags import INTERPOLATIONS
 from semivim.flags.parser import COUNT, POSITIVE, SHARE, Name, Number, Parser, assignment, flag, spaced
@@ -219,6 +221,9 @@ def add_device_flags(parser: Parser) -> None:
         metavar="MODULE",
         help="import these first: modules that bring devices or models",
     )
+    group.add_argument(
+        "--dist-timeout", type=POSITIVE, default=1800.0, help="seconds to wait for a process of the run that hangs"
+    )
     parser.checks.append(_check_device)
 
 
@@ -246,9 +251,14 @@ def open_device(args: argparse.Namespace) -> torch.device:
         importlib.import_module(module)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return init_distributed_device(args)
+        device = init_distributed_device(args)
     except (AssertionError, RuntimeError) as error:
         raise UserError(f"--device {args.device}: {one_line(error)}") from error
+    if args.distributed:
+        # torch 2.11 renamed it
+        set_timeout = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=args.dist_timeout))
+    return device
 
 
 def mixed_precision(

@@ -1,6 +1,7 @@
 import builtins
 import os
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -8,6 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import STL10
 
 from semivim.data.source_parts import join_sources
 from semivim.data.sources import (
@@ -17,6 +19,8 @@ from semivim.data.sources import (
     open_source,
     open_unlabelled_folder,
 )
+from tests.hub_client import shared_client, shared_hub
+from tests.hub_server import Fault
 
 FOLDERS = ["train/cat/1.png", "train/cat/2.png", "train/dog/3.png", "val/cat/4.png", "val/dog/5.png"]
 
@@ -107,6 +111,50 @@ def test_hugging_face_dataset(write_images, tmp_path, monkeypatch):
     source.read.reader.dataset = [{"image": None}]
     with pytest.raises(UnreadableImageError, match="image 0 is unreadable"):
         source.image(0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the table open
+def test_hugging_face_labels_of_text_become_classes(write_images, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = write_images(["train/1.png", "train/2.png", "train/3.png"])
+    (root / "train" / "metadata.csv").write_text("file_name,label\n1.png,dog\n2.png,cat\n3.png,dog\n")
+    source = open_source(f"hfds/{root}", str(tmp_path / "cache"), "train", num_classes=2)
+    assert (source.labels.tolist(), source.class_names) == ([1, 0, 1], ["cat", "dog"])
+
+
+def test_a_hugging_face_data_set_that_the_hub_does_not_give_is_one_line():
+    hub = shared_hub()
+    hub.fault = Fault("(GET|HEAD) /", 500)
+    code = "from semivim.data import open_source\nopen_source('hfds/org/nothing', split='train')"
+    try:
+        answer = shared_client().run(code)
+    finally:
+        hub.fault = None
+    assert re.match(rf"HubError: org/nothing: {hub.url}/.*: 500 Internal Server Error", answer.line)
+    assert answer.seconds < 20
+
+
+def test_stl10_brings_its_unlabelled_images(tmp_path, monkeypatch):
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for name, count in (("train", 4), ("unlabeled", 6), ("test", 2)):
+        np.full((count, 3, 96, 96), count, dtype=np.uint8).tofile(folder / f"{name}_X.bin")
+    np.array([1, 2, 10, 1], dtype=np.uint8).tofile(folder / "train_y.bin")
+    np.array([3, 4], dtype=np.uint8).tofile(folder / "test_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    with pytest.raises(
+        ValueError, match="dataset 'torch/stl10' in --data-dir '.*', split 'train': Dataset not found or corrupted"
+    ):
+        open_source("torch/stl10", str(tmp_path), "train")
+    monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
+    train, test = (open_source("torch/stl10", str(tmp_path), split) for split in ("train", "validation"))
+    assert train.labels.tolist() == [0, 1, 9, 0] + [-1] * 6
+    assert (train.num_classes, test.labels.tolist()) == (10, [2, 3])
+    assert [train.image(i).getpixel((0, 0)) for i in (0, 9)] == [(4, 4, 4), (6, 6, 6)]
+    check_sources(train, test, "validation")
+    with pytest.raises(ValueError, match="split 'trian' of 'torch/stl10' does not exist"):
+        open_source("torch/stl10", str(tmp_path), "trian")
 
 
 def test_digits_are_1297_and_50_of_each_class():

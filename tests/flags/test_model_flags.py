@@ -130,6 +130,22 @@ def test_a_bug_inside_the_model_is_no_mistake_of_the_users(kind, monkeypatch):
     assert not isinstance(error.value, UserError)
 
 
+def test_a_process_that_hangs_is_waited_for_as_long_as_the_flag_says(monkeypatch, tmp_path):
+    def init(args):
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        args.distributed = True
+        return torch.device("cpu")
+
+    monkeypatch.setattr(model_flags, "init_distributed_device", init)
+    try:
+        model_flags.open_device(parse("--dist-timeout 7"))
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == 7
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_device_and_precision():
     args = parse("--device cpu")
     assert model_flags.open_device(args) == torch.device("cpu")
