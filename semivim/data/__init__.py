@@ -3,11 +3,10 @@
 from semivim.data.evaluation import EvaluationLoader, LabelledBatch
 from semivim.data.label_split import LabelSplit, complete_split, draw_validation, load_split, make_split, save_split
 from semivim.data.list_files import ListedImages, listed_classes, read_list, split_from_lists
-from semivim.data.source_parts import join_sources, select_images
+from semivim.data.source_parts import check_sources, join_sources, select_images
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
-    check_sources,
     open_source,
     open_unlabelled_folder,
 )

@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 from torchvision.datasets import STL10
 
-from semivim.data.source_parts import join_sources
+from semivim.data.source_parts import check_sources, join_sources
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
-    check_sources,
     open_source,
     open_unlabelled_folder,
 )
