@@ -35,6 +35,7 @@ from semivim.data import (
     LabelSplit,
     StreamLoader,
     View,
+    least_side,
     save_split,
 )
 from semivim.flags.data_flags import (
@@ -91,10 +92,10 @@ FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio")} | {
 }
 FIXED_OPTIMIZER = {name: flag(name) for name in OPTIMIZER_OPTIONS}
 TRAIN_COLUMNS = ("loss_labelled", "loss_unlabelled", "kept_share", "alpha")
+WHO = ("student", "teacher")
 EVAL_COLUMNS = ("student_top1", "top1", "top5", "balanced_acc", "worst_class_recall")
 PANELS = (
     Panel("loss", ("loss_labelled", "loss_unlabelled")),
-    Panel("top-1 (%)", ("student_top1", "teacher_top1")),
     Panel("pseudo-labels", ("kept_share", "pseudo_accuracy")),
     Panel("alpha", ("alpha",)),
     Panel("V and guard rate", ("v", "guard_rate"), "symlog"),
@@ -199,6 +200,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     model = create_model(args, num_classes, **ssmixup_kwargs(args)).to(device)
     data_config = resolve_input_data_config(model, vars(args))
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
+    source.least_side = least_side(data_config["input_size"], args.scale[0] * args.ratio[0])
+    val_source.least_side = least_side(data_config["input_size"], data_config["crop_pct"] ** 2)
     loader, eval_loader = create_loaders(args, source, val_source, split, data_config, ratio * args.batch_size, device)
     mixup = Mixup(**mixup_kwargs(args), num_classes=num_classes) if mixes(args) else None
 
@@ -284,6 +287,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     elif progress.num_epochs:  # plateau would take epoch 0 for warm-up
         scheduler.step(progress.num_epochs)
     student, teacher = dict[str, Any](), dict[str, Any]()
+    shown_metrics = dict.fromkeys(("top1", args.eval_metric))
     for epoch in range(progress.num_epochs, epochs):
         task.train()
         if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
@@ -316,7 +320,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
             student, teacher = measure()
-            log.record({"epoch": epoch, "student_top1": student["top1"], "teacher_top1": teacher["top1"]})
+            both = {"student": student, "teacher": teacher}
+            shown = {f"{who}_{name}": m[name] for name in shown_metrics for who, m in both.items()}
+            log.record({"epoch": epoch, **shown})
         means = interval_means(mean_over_ranks(progress.epoch)) | teacher_figures(task)
         scheduler.step(epoch + 1, teacher.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
@@ -339,7 +345,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         "seconds": time.perf_counter() - log.start_s,
     }
     if run.saver:
-        write_report(found.folder, results, log.records, PANELS, f"{title}, {len(split.labelled)} labels")
+        shown_panel = Panel(f"{args.eval_metric} (%)", [f"{who}_{args.eval_metric}" for who in WHO])
+        panels = (PANELS[0], shown_panel, *PANELS[1:])
+        write_report(found.folder, results, log.records, panels, f"{title}, {len(split.labelled)} labels")
         log.say(results_table({"student": student, "teacher": teacher}))
         last, best = teacher[args.eval_metric], results["best"][args.eval_metric]
         log.say(f"teacher {args.eval_metric} {last:.2f} (last), {best:.2f} (best)")

@@ -168,7 +168,11 @@ def test_classes_are_grouped_by_all_their_training_images(tmp_path, monkeypatch)
 
     monkeypatch.setattr(train_ssl, "evaluate", recorded)
     imbalance = ["--imb-n1", 8, "--imb-factor-l", 4, "--imb-m1", 80, "--imb-factor-u", -4]
-    results = run(tmp_path / "run", "--epochs", 1, "--train-batches-per-epoch", 1, *imbalance)
+    flags = ["--epochs", 1, "--train-batches-per-epoch", 1, "--eval-metric", "balanced_acc", *imbalance]
+    results = run(tmp_path / "run", *flags)
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["teacher_balanced_acc"] == results["teacher"]["balanced_acc"]
+    assert record["student_top1"] == results["student"]["top1"]
     assert (seen[0][0], seen[0][9]) == (8 + 20, 2 + 80)
     assert sum(seen[0]) == results["split"]["num_labelled"] + results["split"]["num_unlabelled"]
     assert results["teacher"]["many"] == pytest.approx(sum(results["teacher"]["per_class_recall"][7:]) / 3)

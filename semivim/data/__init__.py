@@ -19,7 +19,7 @@ from semivim.data.ssmixup import (
     pair_retained,
 )
 from semivim.data.streams import Batch, ImageStream, StreamLoader
-from semivim.data.views import View
+from semivim.data.views import View, least_side
 
 __all__ = [
     "Batch",
@@ -37,6 +37,7 @@ __all__ = [
     "complete_split",
     "draw_validation",
     "join_sources",
+    "least_side",
     "listed_classes",
     "load_split",
     "make_split",

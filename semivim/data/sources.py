@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 import tarfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -69,6 +70,10 @@ class ImageSource:
         root: Folder that names are relative to.
         rules: How pixels become 8 bits.
 
+    Attributes:
+        least_side: A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size where both its sides stay at least this long,
+            which takes a fraction of time and memory; None decodes at full size.
+
     Raises:
         UserError: If the labels are not one whole number an image.
     """
@@ -92,6 +97,8 @@ class ImageSource:
         self.class_names = None if class_names is None else list(class_names)
         self.names = None if names is None else list(names)
         self.root = root
+        self.least_side: int | None = None
+        self._warned: set[tuple[int, str]] = set()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,13 +120,25 @@ class ImageSource:
                 pixel format that has no 8-bit equivalent.
         """
         try:
-            image = self.read(index)
-            image.load()
-            self._watch_range(index, image)
-            image = to_8_bit(image, self.rules)
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                with self.read(index) as image:
+                    if self.least_side:
+                        image.draft(None, (self.least_side, self.least_side))
+                    image.load()
+                    self._watch_range(index, image)
+                    image = to_8_bit(image, self.rules)
+            self._name_warnings(index, [str(warning.message) for warning in found])
         except _DECODING_ERRORS as error:
             raise UnreadableImageError(f"{self.describe(index)} is unreadable: {error}") from error
         return image
+
+    def _name_warnings(self, index: int, messages: Sequence[str]) -> None:
+        """Log once what Pillow warns of, with the file that it does not name."""
+        for message in messages:
+            if (index, message) not in self._warned:
+                self._warned.add((index, message))
+                _logger.warning("%s: %s", self.describe(index), " ".join(message.split()))
 
     def _watch_range(self, index: int, image: Image.Image) -> None:
         """Say once that an image is darker than its format lets it be, as 12 bits in a 16-bit file are."""
@@ -207,10 +226,7 @@ class _FileReader:
         self.root, self.names = root, names
 
     def __call__(self, index: int) -> Image.Image:
-        with open(os.path.join(self.root, self.names[index]), "rb") as file:
-            image = Image.open(file)
-            image.load()
-        return image
+        return Image.open(os.path.join(self.root, self.names[index]))  # decoded where the size is known
 
 
 class _TimmReader:
