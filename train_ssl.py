@@ -7,7 +7,8 @@
     python train_ssl.py -c RUN/args.yaml --resume RUN/last.pth.tar
 
 A run folder OUTPUT/EXPERIMENT gets args.yaml, labelled.txt and unlabelled.txt (the split), summary.csv, checkpoints,
-metrics.jsonl, metrics.json, curves.png, and the best teacher as model.safetensors with a timm config.json.
+metrics.jsonl, metrics.json, curves.png, and as model.safetensors with a timm config.json the best model: the better of
+student and teacher by --eval-metric, at its best epoch.
 """
 
 import argparse
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from timm.data import Mixup, resolve_input_data_config
+from timm.data import Mixup
 from timm.utils import is_primary, random_seed, setup_default_logging
 
 import semivim  # noqa: F401  registers the models
@@ -73,15 +74,16 @@ from semivim.flags.train_flags import (
     create_optimizer,
     loader_kwargs,
 )
-from semivim.runs.checkpoint import save_best, schedule_state
+from semivim.runs.checkpoint import better_model, save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
 from semivim.runs.progress import Progress, mean_over_ranks, sum_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
 from semivim.task.semi_supervised import SemiSupervisedTask
-from semivim.task.ssl_figures import batch_figures, interval_means, teacher_figures
-from semivim.utils.metrics import evaluate
+from semivim.task.ssl_figures import batch_figures, interval_means, pseudo_label_summary, teacher_figures
+from semivim.utils.metrics import describe_groups, evaluate
+from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, user_errors_end_the_program
 
@@ -198,7 +200,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
 
     # Student
     model = create_model(args, num_classes, **ssmixup_kwargs(args)).to(device)
-    data_config = resolve_input_data_config(model, vars(args))
+    data_config = resolve_preprocessing(model, f"--model {args.model}", vars(args))
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
     source.least_side = least_side(data_config["input_size"], args.scale[0] * args.ratio[0])
     val_source.least_side = least_side(data_config["input_size"], data_config["crop_pct"] ** 2)
@@ -234,6 +236,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
 
     # Output
+    models = {"teacher": task.trainable_module_ema.module, "student": model}
     run = stack.enter_context(
         open_run(
             found,
@@ -246,7 +249,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             eval_columns=EVAL_COLUMNS,
             log_wandb=args.log_wandb,
             wandb_project=args.wandb_project,
-            export=partial(save_best, task.trainable_module_ema.module, found.folder, source.class_names, data_config),
+            export=partial(save_best, models, found.folder, source.class_names, data_config, source.rules),
             model=model,
             optimizer=optimizer,
             amp_scaler=scaler,
@@ -259,7 +262,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         save_split(split, found.folder, source.names)
         loader.unreadable.update(progress.unreadable)  # rank 0 keeps the earlier counts of all
         log.say(f"{found.folder}: {title}, {device}")
-        log.say(split.report())
+        log.say("\n".join(filter(None, [split.report(), describe_groups(counts)])))
 
     # Train
     steps = loader.steps(progress.num_updates * accum)
@@ -275,18 +278,18 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         result = task(image, label, weak, strong, progress.ramp(ramp_steps))
         return result["loss"], batch_figures(result, hidden_label)
 
-    def measure() -> tuple[dict[str, Any], dict[str, Any]]:
+    def measure() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         models = task.get_eval_model(), task.get_eval_model(ema=True)
         student, teacher = (
             evaluate(m, eval_loader, num_classes, device, autocast, train_counts=counts) for m in models
         )
-        return student, teacher
+        return student, teacher, better_model({"teacher": teacher, "student": student}, args.eval_metric)
 
     if args.sched_on_updates:
         scheduler.step_update(progress.num_updates)
     elif progress.num_epochs:  # plateau would take epoch 0 for warm-up
         scheduler.step(progress.num_epochs)
-    student, teacher = dict[str, Any](), dict[str, Any]()
+    student, teacher, better = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     shown_metrics = dict.fromkeys(("top1", args.eval_metric))
     for epoch in range(progress.num_epochs, epochs):
         task.train()
@@ -316,30 +319,34 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 run.stop(progress, signal_number)
 
         progress.unreadable = sum_over_ranks(loader.unreadable)
-        student, teacher = {}, {}
+        student, teacher, better = {}, {}, {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
-            student, teacher = measure()
+            student, teacher, better = measure()
             both = {"student": student, "teacher": teacher}
             shown = {f"{who}_{name}": m[name] for name in shown_metrics for who, m in both.items()}
             log.record({"epoch": epoch, **shown})
+        log.say_once(pseudo_label_summary(progress.epoch, source.class_names).get("fault"))
         means = interval_means(mean_over_ranks(progress.epoch)) | teacher_figures(task)
-        scheduler.step(epoch + 1, teacher.get(args.eval_metric))
+        scheduler.step(epoch + 1, better.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
         log.epoch(epoch, means, {"student_top1": student.get("top1"), **teacher}, mean_lr(optimizer))
-        if run.saver:
-            run.saver.save_epoch(epoch, teacher, args.eval_metric)
+        if run.saver and run.saver.save_epoch(epoch, better, args.eval_metric):
+            log.say(
+                f"best so far: {better['model']} of epoch {epoch}, {args.eval_metric} {better[args.eval_metric]:.2f}"
+            )
     if not teacher:  # resumed at its end
-        student, teacher = measure()
+        student, teacher, better = measure()
 
     # Report
     results = {
         "student": student,
         "teacher": teacher,
-        "best": run.saver.read_best(progress.num_epochs - 1, teacher) if run.saver else {},
+        "best": run.saver.read_best(progress.num_epochs - 1, better) if run.saver else {},
         "class_names": source.class_names,
         "split": {"sha256": split.sha256, "labels_per_class": split.labels_per_class.tolist()}
         | {"num_labelled": len(split.labelled), "num_unlabelled": len(split.unlabelled)},
+        "pseudo_labels": pseudo_label_summary(progress.run, source.class_names),
         "unreadable_images": {source.describe(i): n for i, n in progress.unreadable.items()},
         "updates": progress.num_updates,
         "seconds": time.perf_counter() - log.start_s,
@@ -348,10 +355,13 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         shown_panel = Panel(f"{args.eval_metric} (%)", [f"{who}_{args.eval_metric}" for who in WHO])
         panels = (PANELS[0], shown_panel, *PANELS[1:])
         write_report(found.folder, results, log.records, panels, f"{title}, {len(split.labelled)} labels")
-        log.say(results_table({"student": student, "teacher": teacher}))
-        last, best = teacher[args.eval_metric], results["best"][args.eval_metric]
-        log.say(f"teacher {args.eval_metric} {last:.2f} (last), {best:.2f} (best)")
-        log.say(f"{found.folder}: {WEIGHTS} (best teacher), {METRICS}, {CURVES}")
+        log.say(results_table({"student": student, "teacher": teacher}, results["pseudo_labels"]))
+        best, last = (
+            results["best"],
+            f"student {student[args.eval_metric]:.2f}, teacher {teacher[args.eval_metric]:.2f}",
+        )
+        log.say(f"{args.eval_metric}: {last} (last epoch), best {best[args.eval_metric]:.2f}")
+        log.say(f"{found.folder}: {WEIGHTS} (best: {best['model']} of epoch {best['epoch']}), {METRICS}, {CURVES}")
     return results
 
 

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 METHODS = {
     "supervised": ["--ssl-method", "supervised"],
     "fixmatch": ["--ssl-method", "fixmatch", "--pseudo-mixup", "none"],
+    "ema-no-warm-up": ["--ssl-method", "ema-teacher", "--pseudo-mixup", "none", "--no-model-ema-warmup"],
     "ema-teacher": ["--ssl-method", "ema-teacher", "--pseudo-mixup", "none"],
-    "ema+warm-up": ["--ssl-method", "ema-teacher", "--pseudo-mixup", "none", "--model-ema-warmup"],
     "lyapema": ["--ssl-method", "lyapema", "--pseudo-mixup", "none"],
     "lyapema-wide": [
         *("--ssl-method", "lyapema", "--pseudo-mixup", "none"),

@@ -12,6 +12,7 @@ from semivim.data import UnreadableImageError
 from semivim.flags.data_flags import pixel_flags, pixel_rules
 from semivim.flags.parser import COUNT, Parser
 from semivim.hub.hub import publish
+from semivim.hub.model_folder import pixel_rules as model_rules
 from semivim.inference import find_images, load_model, predict
 from semivim.utils.terminal import escape, escape_lines
 from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands.add_parser("convert", help="turn a published Vim file into a folder that timm loads"))
     _add_predict(commands.add_parser("predict", help="print the top-k labels of image files"))
-    _add_publish(commands.add_parser("publish", help="upload a run's best teacher to the Hub and check it"))
+    _add_publish(commands.add_parser("publish", help="upload a run's best model to the Hub and check it"))
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     args = parser.parse_args(argv)
@@ -100,14 +101,14 @@ def _add_predict(parser: Parser) -> None:
     parser.add_argument("--num-classes", type=COUNT, help="number of classes of --checkpoint")
     parser.add_argument("--topk", type=COUNT, default=None, help="labels to print, else 5 or all of fewer")
     parser.add_argument("--format", default="text", choices=list(_FORMATS), help="of what is printed")
-    pixel_flags(parser)
+    pixel_flags(parser, background=None, otherwise=", else as in the model's training")
     parser.set_defaults(run=_predict)
 
 
 def _predict(args: Namespace) -> Iterator[str]:
     """Label all images that can be read, then fail if one could not."""
     model = load_model(args.model, args.pretrained, args.checkpoint, args.num_classes)
-    paths, rules = find_images(args.images), pixel_rules(args)
+    paths, rules = find_images(args.images), pixel_rules(args, model_rules(model))
     unread: list[str] = []
 
     def labelled() -> Iterator[Labelled]:

@@ -1,6 +1,5 @@
 """Top-k labels of image files, prepared as evaluation prepares them."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,22 +9,21 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_input_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 
 from semivim.data import ImageSource, View, open_unlabelled_folder
-from semivim.hub.hub import check_repo_id
 from semivim.hub.hub_session import fetch, hub_session
-from semivim.hub.model_folder import MODEL_FILES, load_folder
+from semivim.hub.model_folder import FOLDER, HUB, find_folder, load_folder, pixel_rules
 from semivim.models.vim_weights import named_tensors
 from semivim.runs.run_folder import WEIGHTS
-from semivim.utils.files import UNREADABLE, check_weights_file, load_untrusted
-from semivim.utils.pixels import DEFAULT_RULES, PixelRules
+from semivim.utils.files import check_weights_file, load_untrusted
+from semivim.utils.model_options import check_name, check_options, did_you_mean_model
+from semivim.utils.pixels import PixelRules
+from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.user_error import UserError, one_line
 
-_HUB = "hf-hub:"
-_FOLDER = "local-dir:"
 # of a training state, the teacher's weights first, as timm takes them
 _ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -47,17 +45,14 @@ def load_model(
         HubError: If the weights cannot be had from the Hub.
     """
     if not timm.is_model(name) and os.path.isdir(name):
-        name = f"{_FOLDER}{name}"
-    if name.startswith((_HUB, _FOLDER)):
+        name = f"{FOLDER}{name}"
+    if name.startswith((HUB, FOLDER)):
         if checkpoint or pretrained or num_classes:
             raise UserError(f"--model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
-        if name.startswith(_FOLDER):
-            return load_folder(Path(name.removeprefix(_FOLDER)), f"--model {name}")
-        return load_folder(_download(name.removeprefix(_HUB)), f"--model {name}")
+        return load_folder(cast(Path, find_folder(name)), f"--model {name}")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(split_model_name_tag(name)[0], timm.list_models(), n=3)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(f"--model: wanted a timm model, {_HUB}org/name or a run folder, got {name!r}{hint}")
+        hint = did_you_mean_model(name)
+        raise UserError(f"--model: wanted a timm model, {HUB}org/name or a run folder, got {name!r}{hint}")
     if pretrained == bool(checkpoint):
         raise UserError(f"--model: {name} needs weights, wanted either pretrained or a checkpoint")
     if checkpoint:
@@ -90,7 +85,7 @@ def predict(
     model: nn.Module,
     image_path: str | Path,
     topk: int | None = None,
-    rules: PixelRules = DEFAULT_RULES,
+    rules: PixelRules | None = None,
 ) -> list[tuple[str, float]]:
     """Most probable classes of an image file, read and prepared by the code that evaluates a training run.
 
@@ -100,7 +95,7 @@ def predict(
         model: A timm model in eval mode.
         image_path: Any image file that Pillow reads.
         topk: Number of classes to return, at most the model's; 5, or all of fewer, if None.
-        rules: How pixels become 8 bits, as in training.
+        rules: How pixels become 8 bits; None as in the model's training, where its folder says it.
 
     Returns:
         ``(label, probability)``, most probable first.
@@ -115,8 +110,10 @@ def predict(
     topk = min(5, len(names)) if topk is None else topk
     if not 1 <= topk <= len(names):
         raise UserError(f"--topk: wanted 1 to {len(names)}, got {topk}")
+    rules = pixel_rules(model) if rules is None else rules
     source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)], rules=rules)
-    images = _evaluation_view(model, source.image(0), str(image_path))
+    view = View(**resolve_preprocessing(model, "--model"), is_training=False)
+    images = view.load(view([source.image(0)], [0]), torch.device("cpu"))
     with torch.inference_mode():
         logits = model(images)[0].float()
     if not logits.isfinite().all():
@@ -125,42 +122,21 @@ def predict(
     return [(names[i], c) for i, c in zip(index.tolist(), confidence.tolist(), strict=True)]
 
 
-def _evaluation_view(model: nn.Module, image: Image.Image, name: str) -> Tensor:
-    """An image as the model's evaluation sees it, ``(1, c, h, w)``."""
-    try:
-        view = View(**resolve_input_data_config(model), is_training=False)
-        return view.load(view([image], [0]), torch.device("cpu"))
-    except UNREADABLE as error:
-        raise UserError(f"--model: its pretrained_cfg cannot prepare {name}: {one_line(error)}") from error
-
-
 def _open_image(path: str | Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
     return image
 
 
-def _download(repo: str) -> Path:
-    """Fetch a repository's config and weights, checksums verified, and return the folder that holds them."""
-    repo_id, _, revision = repo.partition("@")
-    check_repo_id(repo_id, "hf-hub")
-    for name in MODEL_FILES:
-        path = fetch(repo_id, name, revision or None)
-    return path.parent
-
-
 def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.Module:
     state = _read_weights(checkpoint)
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    check_options(name, options, f"--num-classes: {num_classes} does not suit {name}")
+    model = timm.create_model(name, **options)
+    entry = next((entry for entry in _ENTRIES if state.get(entry) is not None), None)
     try:
-        entry = next((entry for entry in _ENTRIES if state.get(entry) is not None), None)
         weights = named_tensors(state[entry], entry) if entry else named_tensors(state, "state dict")
-        options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-        model = timm.create_model(name, **options)
         model.load_state_dict(weights)
-    except TypeError as error:  # a bug of the model's, but where it was given a number of classes
-        if num_classes is None:
-            raise
-        raise UserError(f"--num-classes: {num_classes} does not suit {name}: {one_line(error)}") from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
     return model.eval()
@@ -174,10 +150,8 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 
 def _load_pretrained(name: str) -> nn.Module:
-    try:
-        config = get_pretrained_cfg(name)
-    except RuntimeError as error:  # an unknown tag
-        raise UserError(f"--model: {name}: {one_line(error)}") from error
+    check_name(name, f"--model: {name}")
+    config = get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         known = timm.list_models(f"{split_model_name_tag(name)[0].split('_')[0]}*", pretrained=True)
         hint = f"; with weights: {', '.join(known[:5])}" if known else ""

@@ -30,6 +30,7 @@ def write_run(folder: Path) -> Path:
         "batch_size": 8,
         "lr": 0.001,
         "seed": 7,
+        "eval_metric": "top1",
         "output": "/home/someone/runs",
         "experiment": "first",
         "resume": "",
@@ -39,7 +40,7 @@ def write_run(folder: Path) -> Path:
     student = {**teacher, "top1": 55.75}
     split = {"sha256": "ab" * 32, "num_labelled": 20, "num_unlabelled": 300, "labels_per_class": [8, 5, 3, 2, 2]}
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
-    best = {"epoch": 1, "top1": 63.0}
+    best = {"model": "student", "epoch": 1, "top1": 63.0}
     results = {"student": student, "teacher": teacher, "best": best, "split": split}
     results["unreadable_images"] = {"/home/someone/photos/ant/7.png": 2}
     (folder / "metrics.json").write_text(json.dumps(results))

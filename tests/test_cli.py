@@ -77,6 +77,20 @@ def test_predict_takes_the_rules_for_pixels_of_training(
         Image.new("RGB", (40, 30), colour).save(tmp_path / "flat.png")
         assert labels(str(tmp_path / f"{name}.png"), *words) == labels(str(tmp_path / "flat.png"))
 
+    # a model that says how its images were read is followed, but for a flag
+    config = json.loads((run_dir / "config.json").read_text())
+    stated = {"semivim_pixel_rules": {"alpha_background": [10, 100, 0], "max_value": 1023}}
+    (run_dir / "config.json").write_text(json.dumps(config | stated))
+    for name, words, colour in (
+        ("clear", (), (10, 100, 0)),
+        ("clear", ("--alpha-background", "white"), (255, 255, 255)),
+        ("deep", (), (175, 175, 175)),
+        ("deep", ("--max-value", "2047"), (87, 87, 87)),
+    ):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "flat.png")
+        assert labels(str(tmp_path / f"{name}.png"), *words) == labels(str(tmp_path / "flat.png"))
+    (run_dir / "config.json").write_text(json.dumps(config))
+
 
 def test_predict_labels_what_it_can_read_and_fails_at_the_end(
     tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture

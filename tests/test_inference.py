@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 
 from semivim.data import EvaluationLoader, UnreadableImageError, View, open_source
 from semivim.inference import find_images, load_model, predict
+from semivim.runs.checkpoint import save_model
 from semivim.utils.pixels import PixelRules
+from semivim.utils.user_error import UserError
 from tests.run_folder import CLASSES, write_run
 
 
@@ -87,6 +90,37 @@ def test_transparency_is_composed_on_the_background_of_training(
         assert predict(model, tmp_path / "clip.png", 2, PixelRules((255, 0, 255))) != expected
 
 
+def test_pixels_are_read_as_in_the_training_of_the_model(photo: Image.Image, tmp_path: Path) -> None:
+    rules = PixelRules((200, 0, 0), 1000)
+    torch.manual_seed(0)
+    save_model(timm.create_model("test_vim", num_classes=5), tmp_path, None, None, rules)
+    trained = load_model(f"local-dir:{tmp_path}")
+    clip_art = photo.convert("RGBA")
+    clip_art.putalpha(90)
+    clip_art.save(tmp_path / "clip.png")
+    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)).save(tmp_path / "deep.png")
+    for name in ("clip.png", "deep.png"):
+        assert predict(trained, tmp_path / name) == predict(trained, tmp_path / name, rules=rules)
+        assert predict(trained, tmp_path / name) != predict(trained, tmp_path / name, rules=PixelRules())
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        3,
+        {},
+        {"alpha_background": [1, 2, 999], "max_value": None},
+        {"alpha_background": [1, 2, 3], "max_value": -1},
+    ],
+)
+def test_damaged_pixel_rules_are_named(rules: object, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"semivim_pixel_rules": rules}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json: semivim_pixel_rules is .*, wanted alpha_background, "):
+        load_model(f"local-dir:{tmp_path}")
+
+
 def test_a_folder_stands_for_the_images_below_it(photo: Image.Image, tmp_path: Path) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     for name in ("in/b.png", "in/deep/ä.png", "one.png"):
@@ -150,8 +184,9 @@ def test_topk_out_of_range(model: torch.nn.Module, tmp_path: Path, topk: int) ->
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"interpolation": "sharp"}, "its pretrained_cfg cannot prepare .*photo.png: KeyError 'sharp'"),
-        ({"mean": []}, "its pretrained_cfg cannot prepare .*photo.png: division by zero"),
+        ({"interpolation": "sharp"}, "^--model: interpolation is 'sharp', wanted a name such as bicubic"),
+        ({"mean": []}, r"^--model: mean is \[\], wanted numbers in \[0, 1\], one for each channel"),
+        ({"crop_pct": 1e-3}, "^--model: images would have a side of 32000 pixels"),
         ({"num_classes": 0}, "it has 0 classes, wanted a classifier"),
     ],
 )
@@ -161,6 +196,20 @@ def test_what_cannot_label_an_image_is_named(photo: Image.Image, tmp_path: Path,
     odd.pretrained_cfg.update(change)
     with pytest.raises(ValueError, match=cause):
         predict(odd, tmp_path / "photo.png", topk=1)
+
+
+@pytest.mark.parametrize("kind", [KeyError, ValueError, OSError])
+def test_a_bug_while_preparing_keeps_its_traceback(
+    model: torch.nn.Module, photo: Image.Image, tmp_path: Path, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise kind("a bug")
+
+    photo.save(tmp_path / "photo.png")
+    monkeypatch.setattr(View, "load", broken)
+    with pytest.raises(kind, match="a bug") as caught:
+        predict(model, tmp_path / "photo.png")
+    assert not isinstance(caught.value, UserError)
 
 
 def test_label_names_by_number_and_descriptions(photo: Image.Image, tmp_path: Path) -> None:
@@ -253,7 +302,7 @@ def test_damaged_weights_are_no_labels(photo: Image.Image, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "options", "cause"),
     [
-        ("test_vmi", {"pretrained": True}, "got 'test_vmi'; nearest: .*test_vim"),
+        ("test_vmi", {"pretrained": True}, "got 'test_vmi'; did you mean .*test_vim"),
         ("test_vim", {}, "needs weights, wanted either pretrained or a checkpoint"),
         ("test_vim", {"pretrained": True}, "no pretrained weights exist for test_vim"),
         ("test_vim.nope", {"pretrained": True}, r"test_vim.nope: Invalid pretrained tag \(nope\)"),

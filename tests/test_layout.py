@@ -19,7 +19,7 @@ LAYERS = {  # folder -> folders of semivim that it may import
     "utils": {"utils"},
     "runs": {"utils", "runs"},
     "task": {"loss", "data", "utils", "runs", "task"},
-    "flags": {"task", "data", "utils", "hub", "flags"},
+    "flags": {"task", "data", "utils", "flags", "hub", "runs"},
     "hub": {"runs", "utils", "hub"},
 }
 OPTIONAL = {"numba": "_numba.py", "triton": "_triton.py", "mamba_ssm": "_cuda.py", "causal_conv1d": "_cuda.py"}

@@ -47,6 +47,8 @@ def test_run_folder_holds_everything(whole):
     stored = json.loads((folder / "metrics.json").read_text())
     assert stored["teacher"]["top1"] == results["teacher"]["top1"]
     assert stored["split"]["num_labelled"] == 40
+    rules = {"alpha_background": [255, 255, 255], "max_value": None}
+    assert json.loads((folder / "config.json").read_text())["semivim_pixel_rules"] == rules
     assert stored["updates"] == 6
     assert stored["best"]["top1"] == torch.load(folder / "model_best.pth.tar", weights_only=False)["metric"]
     assert len(stored["best"]["per_class_recall"]) == 10
@@ -62,9 +64,9 @@ def test_run_folder_holds_everything(whole):
     assert train_ssl.parse_args(["-c", str(folder / "args.yaml")]).model == "test_vim"
 
 
-def test_teacher_loads_into_timm(whole):
-    folder, _ = whole
-    best = states(folder, "model_best.pth.tar")[1]
+def test_best_model_loads_into_timm(whole):
+    folder, results = whole
+    best = states(folder, "model_best.pth.tar")[results["best"]["model"] == "teacher"]
     weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(best[key], weights[key]) for key in best)
     model = timm.create_model(
@@ -157,6 +159,42 @@ def test_every_method_trains(flags, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(torch.tensor(r["loss_labelled"]).isfinite() for r in records if "loss_labelled" in r)
     assert ("loss_unlabelled" in records[0]) == ("supervised" not in flags)
+
+
+@pytest.mark.parametrize("better", ["student", "teacher"])
+def test_the_better_of_student_and_teacher_is_saved_and_named(better, tmp_path, monkeypatch, capsys):
+    evaluate, calls = train_ssl.evaluate, []
+
+    def judged(model, *args, **kwargs):
+        calls.append("teacher" if len(calls) % 2 else "student")
+        top1 = 90.0 if calls[-1] == better else 80.0
+        return evaluate(model, *args, **kwargs) | {"balanced_acc": top1, "top1": 170.0 - top1}
+
+    monkeypatch.setattr(train_ssl, "evaluate", judged)
+    folder = tmp_path / "run"
+    results = run(
+        folder, "--epochs", 1, "--ssl-method", "fixmatch", "--pseudo-mixup", "none", "--eval-metric", "balanced_acc"
+    )
+    weights = load_file(folder / "model.safetensors")
+    saved = states(folder)[better == "teacher"]
+    other = states(folder)[better == "student"]
+    assert all(torch.equal(saved[key], weights[key]) for key in weights)
+    assert not all(torch.equal(other[key], weights[key]) for key in weights)
+    assert (results["best"]["model"], results["best"]["balanced_acc"]) == (better, 90.0)
+    said = capsys.readouterr().out
+    assert f"best so far: {better} of epoch 0, balanced_acc 90.00" in said
+    assert f"model.safetensors (best: {better} of epoch 0)" in said
+    assert torch.load(folder / "model_best.pth.tar", weights_only=False)["metric"] == 90.0
+
+
+@pytest.mark.parametrize(("threshold", "fault"), [(0.99999, "no unlabelled image was kept"), (0.05, None)])
+def test_unlabelled_images_that_taught_nothing_are_told_at_once_and_at_the_end(threshold, fault, tmp_path, capsys):
+    results = run(tmp_path / "run", "--threshold", threshold)
+    said = capsys.readouterr().out
+    assert "unlabelled images: 48 seen, " in said
+    assert said.count("no unlabelled image was kept") == (2 if fault else 0)  # after the first epoch, under the table
+    assert (fault or "None") in str(results["pseudo_labels"]["fault"])
+    assert results["pseudo_labels"]["seen"] == 48
 
 
 def test_classes_are_grouped_by_all_their_training_images(tmp_path, monkeypatch):

@@ -25,7 +25,8 @@ from semivim.data.label_split import UNKNOWN
 from semivim.data.tar_files import index_tar
 from semivim.data.wds_shards import ShardReader, index_shards
 from semivim.hub.hub_session import hub_session, is_hub_error
-from semivim.utils.pixels import DEFAULT_RULES, PixelRules, to_8_bit, uses_little_of_its_range
+from semivim.utils.model_options import MAX_CLASSES
+from semivim.utils.pixels import DEFAULT_RULES, PixelRules, refuse_extreme_shape, to_8_bit, uses_little_of_its_range
 from semivim.utils.user_error import UserError
 
 _logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class ImageSource:
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
                 with self.read(index) as image:
+                    refuse_extreme_shape(image)
                     if self.least_side:
                         image.draft(None, (self.least_side, self.least_side))
                     image.load()
@@ -190,6 +192,9 @@ def open_source(
             split = "."
         source = _open_timm(kind, dataset, data_dir, split, **options)
     source.rules = rules
+    if source.num_classes > MAX_CLASSES:
+        worst = source.describe(int(source.labels.argmax()))
+        raise UserError(f"{worst}: label {source.labels.max()} is over {MAX_CLASSES - 1:,}, the largest that is read")
     if len(source) == 0:
         raise UserError(f"dataset {dataset!r}, split {split!r}: no images in {data_dir!r}")
     if num_classes is not None and source.num_classes > num_classes:

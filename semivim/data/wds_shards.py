@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from semivim.data.image_files import log_left_out
 from semivim.data.label_split import UNKNOWN
 from semivim.utils.user_error import UserError
 
@@ -68,10 +69,11 @@ def index_shards(root: str, split: str, input_key: str | None = None, target_key
     places: list[tuple[str, int, int]] = []
     labels: list[int] = []
     names: list[str] = []
+    left_out: list[str] = []
     for shard in shards:
         try:
             with tarfile.open(shard, "r:") as archive:
-                for key, sample in _samples(archive, shard, {*image_keys, target_key}).items():
+                for key, sample in _samples(archive, shard, {*image_keys, target_key}, left_out).items():
                     image = next((sample[extension] for extension in image_keys if extension in sample), None)
                     if image is None:
                         name = sample[target_key].name
@@ -81,17 +83,23 @@ def index_shards(root: str, split: str, input_key: str | None = None, target_key
                     names.append(f"{shard.name}/{key}")
         except tarfile.TarError as error:
             raise UserError(f"{shard} is not a plain tar file: {error}") from error
+    log_left_out(root, left_out)
     if not places:
         raise UserError(f"the {len(shards)} shards *{split}*.tar in {root} hold no {', '.join(image_keys)} image")
     return Shards(ShardReader(places), labels, names)
 
 
-def _samples(archive: tarfile.TarFile, shard: Path, wanted: set[str]) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Members with a wanted extension, by key and extension."""
+def _samples(
+    archive: tarfile.TarFile, shard: Path, wanted: set[str], left_out: list[str]
+) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Members with a wanted extension, by key and extension; files with others are added to ``left_out``."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     for member in archive:
         key, extension = _key_and_extension(member.name)
-        if extension not in wanted or member.isdir():
+        if member.isdir():
+            continue
+        if extension not in wanted:
+            left_out.append(f"{shard.name}/{member.name.removeprefix('./')}")
             continue
         if not member.isreg():
             raise UserError(f"{shard}: {member.name} is a link, wanted a file")

@@ -8,7 +8,7 @@ from PIL import ImageColor
 from timm.data import create_transform
 
 from semivim.flags.parser import COUNT, COUNT_OR_NONE, NON_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_ONE, Number, Parser
-from semivim.utils.pixels import PixelRules
+from semivim.utils.pixels import DEFAULT_RULES, PixelRules
 
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
@@ -70,24 +70,37 @@ def colour(text: str) -> str:
     return text
 
 
-def pixel_flags(group: argparse._ActionsContainer) -> None:
-    """Add the flags of ``PixelRules``."""
+def pixel_flags(group: argparse._ActionsContainer, background: str | None = "white", otherwise: str = "") -> None:
+    """Add the flags of ``PixelRules``.
+
+    Args:
+        group: Gets the flags.
+        background: Default of the colour.
+        otherwise: What holds where a flag is not given, for the help.
+    """
     group.add_argument(
-        "--alpha-background", type=colour, default="white", metavar="COLOUR", help="colour behind transparent pixels"
+        "--alpha-background",
+        type=colour,
+        default=background,
+        metavar="COLOUR",
+        help=f"colour behind transparent pixels{otherwise}",
     )
     group.add_argument(
         "--max-value",
         type=COUNT,
         default=None,
         metavar="N",
-        help="white in grey images of over 8 bits, else what the file states",
+        help=f"white in grey images of over 8 bits{otherwise or ', else what the file states'}",
     )
 
 
-def pixel_rules(args: argparse.Namespace) -> PixelRules:
-    """How pixels become 8 bits."""
-    red, green, blue, *_ = ImageColor.getrgb(args.alpha_background)
-    return PixelRules((red, green, blue), args.max_value)
+def pixel_rules(args: argparse.Namespace, otherwise: PixelRules = DEFAULT_RULES) -> PixelRules:
+    """How pixels become 8 bits; ``otherwise`` holds what is not given."""
+    background = otherwise.alpha_background
+    if args.alpha_background is not None:
+        red, green, blue, *_ = ImageColor.getrgb(args.alpha_background)
+        background = (red, green, blue)
+    return PixelRules(background, otherwise.max_value if args.max_value is None else args.max_value)
 
 
 def source_kwargs(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,11 @@ from torch.distributed import distributed_c10d
 from semivim.flags.data_flags import INTERPOLATIONS
 from semivim.flags.parser import COUNT, POSITIVE, SHARE, Name, Number, Parser, assignment, flag, spaced
 from semivim.hub.hub_session import hub_session, is_hub_error
+from semivim.hub.model_folder import check_config, find_folder
+from semivim.runs.run_folder import CONFIG
 from semivim.utils.files import check_weights_file
+from semivim.utils.model_options import MAX_CLASSES, check_name, check_options
+from semivim.utils.preprocessing import MAX_SIDE_PX
 from semivim.utils.user_error import UserError, one_line
 
 # What gives a model an argument that it may not take.
@@ -29,6 +33,10 @@ _GIVEN_BY = {
     "in_chans": "--in-chans",
     "ssmixup_c": "--pseudo-mixup ss: SSMixup needs a Vim (vim_* or semivim_*)",
 }
+# A -c file may come from elsewhere, so what takes memory is bounded.
+CLASSES = Number(1, MAX_CLASSES, kind=int)
+SIDE_PX = Number(1, MAX_SIDE_PX, kind=int)
+BATCH = Number(1, 2**16, kind=int)
 COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -57,12 +65,16 @@ def add_model_flags(parser: Parser, model: str) -> None:
     group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="load this checkpoint after creation")
     group.add_argument("--resume", default="", metavar="FILE", help="resume from here; auto: from the run folder")
     group.add_argument("--no-resume-opt", action="store_true", help="leave the optimizer's state out when resuming")
-    group.add_argument("--num-classes", type=COUNT, default=None, help="number of classes, else the data's")
+    group.add_argument("--num-classes", type=CLASSES, default=None, help="number of classes, else the data's")
     group.add_argument("--gp", default=None, metavar="POOL", help="global pool type, else the model's")
-    group.add_argument("--img-size", type=COUNT, default=None, help="image side in pixels, else the model's")
+    group.add_argument("--img-size", type=SIDE_PX, default=None, help="image side in pixels, else the model's")
     group.add_argument("--in-chans", type=Number(kind=int), choices=[1, 3], default=None, help="image channels, else 3")
     group.add_argument(
-        "--input-size", type=COUNT, nargs=3, default=None, help="channels, height and width in pixels, else the model's"
+        "--input-size",
+        type=SIDE_PX,
+        nargs=3,
+        default=None,
+        help="channels, height and width in pixels, else the model's",
     )
     group.add_argument(
         "--crop-pct",
@@ -85,9 +97,9 @@ def add_model_flags(parser: Parser, model: str) -> None:
         metavar="NAME",
         help=f"evaluation: {', '.join(INTERPOLATIONS)}, else the model's",
     )
-    group.add_argument("-b", "--batch-size", type=COUNT, default=128, help="(labelled) images per device and batch")
+    group.add_argument("-b", "--batch-size", type=BATCH, default=128, help="(labelled) images per device and batch")
     group.add_argument(
-        "-vb", "--validation-batch-size", type=COUNT, default=None, help="evaluation: images per batch, else -b"
+        "-vb", "--validation-batch-size", type=BATCH, default=None, help="evaluation: images per batch, else -b"
     )
     group.add_argument("--channels-last", action="store_true", help="channels_last memory layout")
     group.add_argument("--grad-accum-steps", type=COUNT, default=1, help="batches per optimizer step")
@@ -137,7 +149,6 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` beside the number of classes and ``--model-kwargs``."""
     img_size = args.img_size or (tuple(args.input_size[1:]) if args.input_size else None)
     return {
-        "model_name": args.model,
         "pretrained": args.pretrained,
         "pretrained_cfg_overlay": {"file": args.pretrained_path} if args.pretrained_path else None,
         "checkpoint_path": args.initial_checkpoint,
@@ -161,21 +172,21 @@ def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> 
         UserError: If the name is unknown, an option does not suit the model, or weights are missing, damaged or another
             model's.
     """
-    flags = ("model", "model_kwargs", "initial_checkpoint", "pretrained_path")
-    given = " ".join(f"{flag(name)} {value}" for name in flags if (value := getattr(args, name)))
-    with hub_session(args.model):
+    files = [name for name in ("initial_checkpoint", "pretrained_path") if getattr(args, name)]
+    for name in files:
         try:
-            for path in filter(None, (args.initial_checkpoint, args.pretrained_path)):
-                check_weights_file(path)
-            model = _build(args, num_classes=num_classes, **{**args.model_kwargs, **options})
-        except (AssertionError, TypeError) as error:  # a bug of the model's, but where the user gave it options
-            if not (args.model_kwargs or args.gp):
-                raise
-            raise UserError(f"{given}{f' --gp {args.gp}' if args.gp else ''}: {one_line(error)}") from error
-        except (OSError, RuntimeError, ValueError) as error:
-            if is_hub_error(error):
-                raise
-            raise UserError(f"{given}: {one_line(error)}") from error
+            check_weights_file(getattr(args, name))
+        except UserError as error:
+            raise UserError(f"{flag(name)}: {error}") from error
+    given = {**model_kwargs(args), "num_classes": num_classes}
+    if twice := sorted(args.model_kwargs.keys() & given.keys()):
+        raise UserError(f"--model-kwargs {twice[0]}={args.model_kwargs[twice[0]]}: another flag gives the model this")
+    given |= args.model_kwargs | options
+    weights = {name: given.pop(name) for name in ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")}
+    given = {name: value for name, value in given.items() if value is not None}
+    with hub_session(args.model, keep_others=True):
+        given = _suitable(args, given)
+        model = _load(args, files, weights | given)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing(enable=True)
@@ -184,27 +195,41 @@ def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> 
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
-def _build(args: argparse.Namespace, **options: Any) -> Any:
-    """Create the model, without the size of its images where it takes images of any size.
+def _load(args: argparse.Namespace, files: list[str], given: dict[str, Any]) -> Any:
+    """Create the model; weights that do not load are the user's fault, anything else a bug."""
+    try:
+        return timm.create_model(args.model, **given)
+    except (OSError, RuntimeError, ValueError) as error:
+        if is_hub_error(error) or not (args.pretrained or files):
+            raise
+        named = " ".join(f"{flag(name)} {getattr(args, name)}" for name in ("model", *files))
+        raise UserError(f"{named}: the weights do not load: {one_line(error)}") from error
+
+
+def _suitable(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the model takes: without the size of its images where it takes images of any size.
 
     Raises:
-        UserError: If it does not take what a flag gives it.
+        UserError: If an option does not suit the model, by the flag that gave it.
     """
-    arguments = model_kwargs(args)
+    what = f"--model {args.model}"
+    if folder := find_folder(args.model, [CONFIG]):
+        check_config(folder, what, options)
+        return options
+    check_name(args.model, what)
+    named = f"{what} --model-kwargs {args.model_kwargs}" if args.model_kwargs else what
     while True:
         try:
-            return timm.create_model(**arguments, **options)
-        except TypeError as error:
+            check_options(args.model, options, named)
+            return options
+        except UserError as error:
             match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             name = match[1] if match else ""
-            if name in arguments and (name == "img_size" or not arguments[name]):
-                del arguments[name]
-            elif name in _GIVEN_BY:
-                raise UserError(f"does not take {_GIVEN_BY[name]}") from error
-            elif name in options:
-                raise UserError(f"does not take {name}") from error
-            else:
+            if name not in options or name in args.model_kwargs:
                 raise
+            if name != "img_size" and options[name]:
+                raise UserError(f"{what} does not take {_GIVEN_BY.get(name, name)}") from error
+            options = {key: value for key, value in options.items() if key != name}
 
 
 def add_device_flags(parser: Parser) -> None:
@@ -282,4 +307,9 @@ def add_ema_flags(parser: Parser) -> None:
     """Add the group `Model exponential moving average parameters`."""
     group = parser.add_argument_group("Model exponential moving average parameters")
     group.add_argument("--model-ema-decay", type=SHARE, default=0.9998, help="largest decay per update")
-    group.add_argument("--model-ema-warmup", action="store_true", help="ramp the decay up")
+    group.add_argument(
+        "--model-ema-warmup",
+        action=argparse.BooleanOptionalAction,
+        default=True,  # not timm's: an average without it lags behind a short run, whatever the method
+        help="ramp the decay up (default, unlike timm)",
+    )

@@ -12,6 +12,9 @@ from typing import Any, NoReturn
 import yaml
 from timm.utils import ParseKwargs
 
+from semivim.utils.files import load_yaml
+from semivim.utils.user_error import one_line, short
+
 _logger = logging.getLogger(__name__)
 
 
@@ -160,11 +163,11 @@ class Parser(argparse.ArgumentParser):
             SystemExit: With status 2 and one line, for an unreadable file, an unknown key or a bad value.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             self.error(f"--config {path}: {error.strerror}")
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"--config {path}: not YAML: {str(error).splitlines()[0]}")
+            self.error(f"--config {path}: not YAML: {one_line(error)}")
         if not isinstance(values, dict):
             self.error(f"--config {path}: wanted 'flag: value' lines, got {type(values).__name__}")
         return self.checked(values, f"--config {path}")
@@ -236,23 +239,23 @@ def _typed(action: argparse.Action, value: Any) -> Any:
         return value
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f"wanted true or false, got {value!r}")
+            raise argparse.ArgumentTypeError(f"wanted true or false, got {short(value)}")
         return value
     if isinstance(action, ParseKwargs):
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise argparse.ArgumentTypeError(f"wanted a mapping from names, got {value!r}")
+            raise argparse.ArgumentTypeError(f"wanted a mapping from names, got {short(value)}")
         return value
     if action.nargs is not None and action.nargs != "?":
         wanted = f"{action.nargs} values" if isinstance(action.nargs, int) else "values"
         if not isinstance(value, list) or not value or (isinstance(action.nargs, int) and len(value) != action.nargs):
-            raise argparse.ArgumentTypeError(f"wanted a list of {wanted}, got {value!r}")
+            raise argparse.ArgumentTypeError(f"wanted a list of {wanted}, got {short(value)}")
         return [_scalar(action, item) for item in value]
     return _scalar(action, value)
 
 
 def _scalar(action: argparse.Action, value: Any) -> Any:
     if value is None or isinstance(value, (dict, list, bool)):
-        raise argparse.ArgumentTypeError(f"wanted one value, got {value!r}")
+        raise argparse.ArgumentTypeError(f"wanted one value, got {short(value)}")
     value = action.type(str(value)) if callable(action.type) else str(value)
     if action.choices is not None and value not in action.choices:
         raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(map(str, action.choices))}")

@@ -90,7 +90,7 @@ def _check_method(parser: Parser, args: argparse.Namespace) -> None:
     parser.refuse_unread(args, {"--pseudo-mixup ss": (args.pseudo_mixup == "ss", ssmixup)})
     # A method of several is compared by changing --ssl-method alone.
     unread = f"{unlabelled} {ssmixup}" if supervised else ""
-    unread += " model_ema_warmup" if lyapema else " lyap_mode lyap_min_decay lyap_gamma lyap_radius"
+    unread += "" if lyapema else " lyap_mode lyap_min_decay lyap_gamma lyap_radius"
     parser.name_unused(args, f"--ssl-method {args.ssl_method}", unread)
 
 
@@ -117,7 +117,10 @@ def _check_lyapema(parser: Parser, args: argparse.Namespace) -> None:
     if lyapema and "decay" in preset and args.model_ema_decay < least:
         parser.error(f"--model-ema-decay {args.model_ema_decay:g} is below --lyap-min-decay {least:g}")
     conditions = {
-        "--lyap-mode default": (not lyapema or "decay" in preset, "model_ema_decay lyap_min_decay"),
+        "--lyap-mode default": (
+            not lyapema or "decay" in preset,
+            "model_ema_decay model_ema_warmup lyap_min_decay",
+        ),
         "--lyap-mode default or paper_stable": (not lyapema or "v_radius" in preset, "lyap_radius"),
     }
     parser.refuse_unread(args, conditions)
@@ -179,10 +182,14 @@ def task_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 def teacher_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``SemiSupervisedTask.setup_ema``."""
     if args.ssl_method != "lyapema":
-        return {"decay": args.model_ema_decay, "use_warmup": args.model_ema_warmup}
+        # ModelEmaV3's warm-up starts one step later than LyapEmaV3's, with a copy of the student
+        start = {"update_after_step": -1} if args.model_ema_warmup else {}
+        return {"decay": args.model_ema_decay, "use_warmup": args.model_ema_warmup, **start}
+    has_warmup = args.lyap_mode == "default"
     return {
         "mode": args.lyap_mode,
-        "decay": args.model_ema_decay if args.lyap_mode == "default" else None,
+        "decay": args.model_ema_decay if has_warmup else None,
+        "use_warmup": args.model_ema_warmup if has_warmup else None,
         "min_decay": args.lyap_min_decay,
         "gamma": args.lyap_gamma,
         "v_radius": args.lyap_radius,

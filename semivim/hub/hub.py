@@ -12,15 +12,14 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
 import semivim
-from semivim.hub.hub_session import HubError, fetch, hub_session, sha256
+from semivim.hub.hub_session import HubError, check_repo_id, fetch, hub_session, sha256
 from semivim.hub.model_card import (
     RUN_FILES,
     Run,
+    check_license,
     model_card,
     public_args,
     public_config,
@@ -30,6 +29,7 @@ from semivim.hub.model_card import (
 )
 from semivim.hub.model_folder import load_folder
 from semivim.runs.run_folder import ARGS, CONFIG, METRICS
+from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.user_error import UserError, one_line
 
 _logger = logging.getLogger(__name__)
@@ -53,10 +53,10 @@ def publish(
     private: bool = False,
     dry_run: bool = False,
 ) -> Publication:
-    """Upload the best teacher of a train_ssl.py run, download it into an empty cache, compare logits bit for bit.
+    """Upload the best model of a train_ssl.py run, download it into an empty cache, compare logits bit for bit.
 
     Args:
-        run_dir: Run folder, with ``model.safetensors`` and ``config.json`` of the best teacher.
+        run_dir: Run folder, with ``model.safetensors`` and ``config.json`` of the best model.
         repo_id: Repository ``org/name``; made if it does not exist.
         tag: Name to give the commit, not yet in use.
         license_id: License of the weights, an identifier of the Hub's, e.g. ``apache-2.0``; that of the pretrained
@@ -105,24 +105,6 @@ def _publish(
     return Publication(url, commit, files, card)
 
 
-def check_repo_id(repo_id: str, argument: str) -> None:
-    """Refuse what cannot be the name of a repository.
-
-    Args:
-        repo_id: Should be ``org/name``.
-        argument: Its name in the error.
-
-    Raises:
-        UserError: If it is anything else.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}: {one_line(error)}") from error
-    if "/" not in repo_id:
-        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}")
-
-
 def _check_names(repo_id: str, tag: str | None, license_id: str | None) -> None:
     check_repo_id(repo_id, "repo_id")
     # less than git allows: a tag stands in an address and in hf-hub:org/name@tag, where main is the branch
@@ -130,8 +112,8 @@ def _check_names(repo_id: str, tag: str | None, license_id: str | None) -> None:
         raise UserError(
             f"tag: wanted letters, digits and '_', with single '.' or '-' between, no main, no .lock; got {tag!r}"
         )
-    if license_id is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license_id):
-        raise UserError(f"license: wanted an identifier of the Hub's like apache-2.0, got {license_id!r}")
+    if license_id is not None:
+        check_license(license_id, "license")
 
 
 def _stage(run: Run, stage: Path, repo_id: str, revision: str, license_id: str | None) -> str:
@@ -151,7 +133,7 @@ def _stage(run: Run, stage: Path, repo_id: str, revision: str, license_id: str |
 def _reference_logits(stage: Path, where: str) -> tuple[Tensor, Tensor]:
     """Two fixed random images and the logits that the staged weights give them."""
     model = load_folder(stage, where)
-    size = timm.data.resolve_input_data_config(model)["input_size"]
+    size = resolve_preprocessing(model, where)["input_size"]
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     logits = _logits(model, images)
     if not logits.isfinite().all():

@@ -12,13 +12,14 @@ from huggingface_hub import constants, hf_hub_download, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import _http, logging
+from huggingface_hub.utils import _http, logging, validate_repo_id
 
-from semivim.utils.user_error import UserError
+from semivim.utils.user_error import UserError, one_line
 
 _TRIES = 3
 _UPLOAD_FACTOR = 6  # the Hub may work on a commit for a while before it answers
@@ -38,7 +39,7 @@ class HubError(UserError):
 
 
 @contextmanager
-def hub_session(repo_id: str) -> Iterator[None]:
+def hub_session(repo_id: str, keep_others: bool = False) -> Iterator[None]:
     """Bound every request that huggingface_hub sends inside the block, and turn its failures into `HubError`.
 
     A request is tried at most three times and waits ``HF_HUB_DOWNLOAD_TIMEOUT`` seconds (10 by default) for an answer,
@@ -47,6 +48,7 @@ def hub_session(repo_id: str) -> Iterator[None]:
 
     Args:
         repo_id: Repository named in the error.
+        keep_others: Leave errors alone that did not come of a request, as the block does more than request.
 
     Raises:
         HubError: For any failure of the Hub, the network or the cache.
@@ -66,6 +68,8 @@ def hub_session(repo_id: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, EntryNotFoundError, RuntimeError, HubError) as error:
+        if keep_others and not is_hub_error(error):
+            raise
         _raise_hub_error(repo_id, error)
     finally:
         logging.set_verbosity(verbosity)
@@ -129,6 +133,24 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_repo_id(repo_id: str, argument: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Args:
+        repo_id: Should be ``org/name``.
+        argument: Its name in the error.
+
+    Raises:
+        UserError: If it is anything else.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}: {one_line(error)}") from error
+    if "/" not in repo_id:
+        raise UserError(f"{argument}: wanted org/name, got {repo_id!r}")
 
 
 class _Guard:

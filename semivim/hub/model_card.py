@@ -2,17 +2,18 @@
 
 import csv
 import json
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from semivim.hub.model_folder import read_config, read_mapping, short
+from semivim.hub.markdown import bullets, inert, plain, table
+from semivim.hub.model_folder import read_config, read_mapping
 from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, SUMMARY, WEIGHTS
-from semivim.utils.user_error import UserError, one_line
+from semivim.utils.files import load_yaml
+from semivim.utils.user_error import UserError, one_line, short
 
 RUN_FILES = (WEIGHTS, CONFIG, ARGS, METRICS, SUMMARY, CURVES)
 # Flags that say where a run was written or resumed from: they are no part of how to repeat it.
@@ -36,8 +37,11 @@ _RECIPE_FLAGS = (
     "sched",
     "warmup_epochs",
     "amp",
+    "alpha_background",
+    "max_value",
 )
 _ROLES = {"best": "published", "teacher": "teacher, last epoch", "student": "student, last epoch"}
+_MODELS = ("teacher", "student")  # what best.model names; runs before it was written saved the teacher
 _SPLIT = ("sha256", "num_labelled", "num_unlabelled")
 # the entries of metrics.json that a card needs, with theirs
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -46,6 +50,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "best": ("epoch",),
     "split": (*_SPLIT, "labels_per_class"),
 }
+_PATTERNS = {"epoch": r"\d+", "num_labelled": r"\d+", "num_unlabelled": r"\d+", "sha256": "[0-9a-f]{64}"}
 # Endings of flags whose value is a file or folder.
 _PATH_FLAGS = ("_dir", "_list", "_path", "_map", "_checkpoint")
 _METRICS = {
@@ -96,7 +101,9 @@ def read_run(folder: Path) -> Run:
     if missing:
         raise UserError(f"run_dir: wanted a finished run of train_ssl.py, {folder} lacks {', '.join(missing)}")
     where = f"run_dir: {folder}"
-    args = read_mapping(folder / ARGS, yaml.safe_load, where)
+    args = read_mapping(folder / ARGS, load_yaml, where)
+    if odd := [key for key in args if not (isinstance(key, str) and re.fullmatch(r"[a-z][a-z0-9_]*", key))]:
+        raise UserError(f"{where}: {ARGS}: wanted names of flags, got {short(odd[0])}")
     config = read_config(folder, where)
     if "num_classes" not in config:
         raise UserError(f"{where}: {CONFIG} lacks num_classes")
@@ -127,9 +134,19 @@ def _check_metrics(metrics: dict[str, Any], num_classes: int, where: str) -> Non
             if not (isinstance(values, list) and len(values) == num_classes and all(map(_is_number, values))):
                 wanted = f"a list of {num_classes} numbers, one a class, as {role}.{key}"
                 raise UserError(f"{where}: {METRICS}: wanted {wanted}, got {short(values)}")
+        if role == "best" and entry.get("model", "teacher") not in _MODELS:
+            wanted = f"{' or '.join(_MODELS)} as best.model"
+            raise UserError(f"{where}: {METRICS}: wanted {wanted}, got {short(entry['model'])}")
+        _check_patterns(entry, role, where)
         for key in _METRICS:
             if not _is_number(entry.get(key)):
                 raise UserError(f"{where}: {METRICS}: wanted a number as {role}.{key}, got {short(entry[key])}")
+
+
+def _check_patterns(entry: dict[str, Any], role: str, where: str) -> None:
+    for key, pattern in _PATTERNS.items():
+        if key in entry and not re.fullmatch(pattern, str(entry[key])):
+            raise UserError(f"{where}: {METRICS}: {role}.{key} is {short(entry[key])}, wanted {pattern}")
 
 
 def _is_number(value: Any) -> bool:
@@ -155,10 +172,26 @@ def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def public_license(run: Run, license_id: str | None) -> str | None:
-    """The license given, else that of the pretrained weights the run started from, else None."""
-    if license_id is None and run.args.get("pretrained"):
-        return run.config.get("pretrained_cfg", {}).get("license")
+    """The license given, else that of the pretrained weights the run started from, else None.
+
+    Raises:
+        UserError: If it is no identifier.
+    """
+    stated = run.config.get("pretrained_cfg", {}).get("license")
+    if license_id is None and run.args.get("pretrained") and stated is not None:
+        check_license(stated, f"{run.folder}: {CONFIG}: license (give --license)")
+        return stated
     return license_id
+
+
+def check_license(license_id: Any, what: str) -> None:
+    """Refuse what cannot be an identifier of a license.
+
+    Raises:
+        UserError: If it is anything else.
+    """
+    if not (isinstance(license_id, str) and re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license_id)):
+        raise UserError(f"{what}: wanted an identifier of the Hub's like apache-2.0, got {short(license_id)}")
 
 
 def public_config(run: Run, license_id: str | None) -> dict[str, Any]:
@@ -195,13 +228,16 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
     terms = f"{license_id}, for the weights." if license_id else "None is stated for the weights: ask their publisher."
     args, local = public_args(run.args)
     command = " ".join(["python train_ssl.py -c args.yaml", *(f"--{_flag(key)} {key.upper()}" for key in local)])
-    data = args.get("dataset") or "a folder of images"
+    data = plain(args.get("dataset") or "a folder of images")
     best = run.metrics["best"]
+    published = f"{best.get('model', 'teacher')} at epoch {best['epoch']}"
     recipe = {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None}
     source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
     images = f"{split['num_labelled']} labelled images"
     if args.get("ssl_method") != "supervised":
         images += f" and {split['num_unlabelled']} unlabelled ones"
+        if isinstance(said := run.metrics.get("pseudo_labels"), dict) and said.get("fault"):
+            images += f" (but {inert(said['fault'])})"
     head = ModelCardData(
         license=license_id,
         library_name="timm",
@@ -216,8 +252,9 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
 ---
 # {head.model_name}
 
-`{architecture}` for {run.config["num_classes"]} classes, trained on {images}. \
-The weights are the teacher's at its best epoch, {best["epoch"]} of 0 to {run.epochs - 1}.
+A {inert(architecture)} for {run.config["num_classes"]} classes, trained on {images}. \
+The weights are those of the {published} of 0 to {run.epochs - 1}, the best of student and teacher \
+on the validation split{_by_metric(args)}.
 
 ## Use
 
@@ -231,7 +268,7 @@ or, for the labels of one image file: `semivim predict IMAGE --model {source}`
 
 ## Results
 
-On the run's validation split; "published" is the teacher at epoch {best["epoch"]}.
+On the run's validation split; "published" is the {published}.
 
 {_metrics_table(run.metrics)}
 
@@ -243,8 +280,8 @@ On the run's validation split; "published" is the teacher at epoch {best["epoch"
 
 ## Training
 
-{_bullets({"data": data, **{f"split {key}": split[key] for key in _SPLIT}})}
-{_bullets({**recipe, "epochs run": run.epochs, "semivim": version})}
+{bullets({"data": data, **{f"split {key}": split[key] for key in _SPLIT}})}
+{bullets({**recipe, "epochs run": run.epochs, "semivim": version})}
 
 Every flag is in `args.yaml`, every number in `metrics.json`, every epoch in `summary.csv`.
 
@@ -281,6 +318,11 @@ each class). It has not been tested on other data, and not for decisions about p
 ```
 """
     return str(ModelCard(text))
+
+
+def _by_metric(args: dict[str, Any]) -> str:
+    name = args.get("eval_metric")
+    return f" by {inert(_METRICS.get(name, name))}" if isinstance(name, str) else ""
 
 
 def _eval_results(best: dict[str, Any], data: str) -> list[EvalResult]:
@@ -322,7 +364,7 @@ def _metrics_table(metrics: dict[str, Any]) -> str:
         for key, title in _METRICS.items()
         if metrics["teacher"].get(key) is not None
     ]
-    return _table(("metric", *_ROLES.values()), rows)
+    return table(("metric", *_ROLES.values()), rows)
 
 
 def _recall_table(run: Run) -> str:
@@ -334,22 +376,8 @@ def _recall_table(run: Run) -> str:
         (index, name, count, *(_number(values[index]) for values in known.values()))
         for index, (name, count) in enumerate(zip(names, counts, strict=True))
     ]
-    return _table(("class", "name", "labelled images", *(f"recall (%), {title}" for title in known)), rows)
+    return table(("class", "name", "labelled images", *(f"recall (%), {title}" for title in known)), rows)
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    # a class name may hold what would break the table or the page
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _bullets(items: dict[str, Any]) -> str:
-    return "\n".join(f"- {key.replace('_', ' ')}: {_cell(value)}" for key, value in items.items())

@@ -1,7 +1,8 @@
 """Load the model of a folder that holds timm's config and weights, of a run or from the Hub."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,25 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from semivim.runs.run_folder import CONFIG, WEIGHTS
-from semivim.utils.files import check_weights_file
-from semivim.utils.user_error import UserError, one_line
+from semivim.hub.hub_session import check_repo_id, fetch
+from semivim.runs.run_folder import CONFIG, PIXELS, WEIGHTS
+from semivim.utils.files import check_weights_file, weights_shapes
+from semivim.utils.model_options import (
+    MAX_CLASSES,
+    NO_WEIGHTS_LIMIT,
+    Limit,
+    check_numbers,
+    check_options,
+    did_you_mean_model,
+)
+from semivim.utils.pixels import DEFAULT_RULES, PixelRules
+from semivim.utils.preprocessing import check_preprocessing
+from semivim.utils.user_error import UserError, one_line, short
 
+HUB, FOLDER = "hf-hub:", "local-dir:"
 MODEL_FILES = (CONFIG, WEIGHTS)
+_SLACK = Limit(2**24, 100)  # for buffers that a model computes
+_NUMBERS = ("num_classes", "num_features", "model_args", "pretrained_cfg")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "architecture": str,
     "num_classes": int,
@@ -23,6 +38,26 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "model_args": dict,
     "pretrained_cfg": dict,
 }
+
+
+def find_folder(name: str, files: Sequence[str] = MODEL_FILES) -> Path | None:
+    """The folder that ``local-dir:FOLDER`` or ``hf-hub:org/name[@revision]`` names, None for any other name.
+
+    Args:
+        name: Name of a model.
+        files: What to fetch from the Hub, checksums verified.
+
+    Raises:
+        UserError: If the repository's name cannot be one.
+        HubError: If a file cannot be had from the Hub.
+    """
+    if name.startswith(FOLDER):
+        return Path(name.removeprefix(FOLDER))
+    if not name.startswith(HUB):
+        return None
+    repo_id, _, revision = name.removeprefix(HUB).partition("@")
+    check_repo_id(repo_id, HUB.rstrip(":"))
+    return [fetch(repo_id, file, revision or None) for file in files][0].parent
 
 
 def load_folder(folder: Path, where: str) -> nn.Module:
@@ -38,23 +73,55 @@ def load_folder(folder: Path, where: str) -> nn.Module:
     lacking = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if lacking:
         raise UserError(f"{where} lacks {', '.join(lacking)}")
-    config = read_config(folder, where)
-    architecture = config["architecture"]
-    if not timm.is_model(architecture):
-        raise UserError(f"{where}: {CONFIG}: architecture {architecture!r} is unknown to timm")
     try:
         check_weights_file(folder / WEIGHTS)
+    except UserError as error:
+        raise UserError(f"{where}: the weights do not load: {one_line(error)}") from error
+    check_config(folder, where)
+    try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (LookupError, TypeError) as error:  # a bug of the model's, but where the config gives it options
-        if not config.get("model_args"):
-            raise
-        raise UserError(f"{where}: {CONFIG}: model_args do not suit {architecture}: {one_line(error)}") from error
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{where}: the weights do not load: {one_line(error)}") from error
     # where these differ, timm draws the classifier at random
     if (saved := model.pretrained_cfg["num_classes"]) != model.num_classes:
         raise UserError(f"{where}: {CONFIG}: num_classes is {saved}, but {model.num_classes} in model_args")
+    if PIXELS in (config := read_config(folder, where)):
+        model.pretrained_cfg[PIXELS] = config[PIXELS]
     return model
+
+
+def pixel_rules(model: nn.Module) -> PixelRules:
+    """How the model's images became 8 bits in training, as :func:`load_folder` found it; the usual rules otherwise."""
+    config: Any = model.pretrained_cfg
+    if PIXELS not in config:
+        return DEFAULT_RULES
+    red, green, blue = config[PIXELS]["alpha_background"]
+    return PixelRules((red, green, blue), config[PIXELS]["max_value"])
+
+
+def check_config(folder: Path, where: str, options: Mapping[str, Any] | None = None) -> None:
+    """Refuse a folder's ``config.json`` whose model cannot be, or is much larger than the weights beside it.
+
+    Args:
+        folder: Holds ``config.json``, and ``model.safetensors`` perhaps.
+        where: Name of the folder in the error.
+        options: More arguments of the model, which take the place of the config's.
+
+    Raises:
+        UserError: If the file is damaged, or says what no model or memory can hold.
+    """
+    config = read_config(folder, where)
+    architecture, what = config["architecture"], f"{where}: {CONFIG}"
+    if not timm.is_model(architecture):
+        raise UserError(f"{what}: architecture {architecture!r} is unknown to timm{did_you_mean_model(architecture)}")
+    check_numbers({key: config[key] for key in _NUMBERS if key in config}, MAX_CLASSES, what)
+    check_preprocessing(config.get("pretrained_cfg", {}), f"{what}: pretrained_cfg")
+    limit = NO_WEIGHTS_LIMIT
+    if (folder / WEIGHTS).is_file():  # a position embedding may be resampled from a smaller grid
+        shapes = weights_shapes(folder / WEIGHTS)
+        limit = Limit(4 * sum(map(math.prod, shapes)) + _SLACK.elements, 4 * len(shapes) + _SLACK.tensors)
+    given = {**config.get("model_args", {}), **(options or {})}
+    check_options(architecture, given, f"{what}: model_args do not suit {architecture}", limit)
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:
@@ -73,7 +140,18 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     for name, wanted in _FIELDS.items():
         if name in config and not isinstance(config[name], wanted):
             raise UserError(f"{where}: {CONFIG}: {name} is {short(config[name])}, wanted {_type_names(wanted)}")
+    if PIXELS in config and not _are_pixel_rules(config[PIXELS]):
+        meant = "alpha_background, three numbers from 0 to 255, and max_value, a number or null"
+        raise UserError(f"{where}: {CONFIG}: {PIXELS} is {short(config[PIXELS])}, wanted {meant}")
     return config
+
+
+def _are_pixel_rules(value: Any) -> bool:
+    if not (isinstance(value, dict) and value.keys() == set(PixelRules._fields)):
+        return False
+    colour, white = value["alpha_background"], value["max_value"]
+    is_colour = isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+    return is_colour and (white is None or (type(white) is int and 0 < white < 2**32))
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[str, Any]:
@@ -81,7 +159,7 @@ def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[st
 
     Args:
         path: The file.
-        parse: ``json.loads`` or ``yaml.safe_load``.
+        parse: ``json.loads`` or ``load_yaml``.
         where: Name of its folder in the error.
 
     Raises:
@@ -94,12 +172,6 @@ def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[st
     if not isinstance(value, dict):
         raise UserError(f"{where}: {path.name}: wanted a mapping, got {type(value).__name__}")
     return value
-
-
-def short(value: Any) -> str:
-    """A value as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _type_names(wanted: type | tuple[type, ...]) -> str:

@@ -1,9 +1,10 @@
 # mypy: ignore-errors
 """Kernels of the causal convolution with SiLU in one or both directions, rows read where they lie.
 
-Sixteen channels are in the lanes of a vector. A task is one image and one block of channels. The backward walks the
-tokens once: it keeps the gradients of the last k sums in a ring and recomputes the sums. Gradients of weights and
-biases are summed over tokens per image, then over images in their order.
+Sixteen channels are in the lanes of a vector. A task is one image and one block of channels; it takes some steps of one
+vector after the other. At step t the causal direction stands at token t and the other one at token t - 3, so both read
+the tokens t - 3 to t, which wait in registers as the backward's last gradients do. Gradients of weights and biases are
+summed over tokens per image, then over images in their order.
 """
 
 from .subnormals_numba import flush_subnormals, restore_float_mode
@@ -11,7 +12,6 @@ from .vector_numba import (
     LANES,
     SOURCE,
     WIDTH,
-    accumulate,
     compiled,
     load,
     load_float,
@@ -25,59 +25,105 @@ from .vector_numba import (
     store_lanes,
 )
 
+TAPS = 4  # fewer are zeros before the first one
+BACK = TAPS - 1  # tokens by which the direction that runs from the last token stands behind
 VECTORS = 4  # vectors of channels in a task
+STEPS = 64  # of one vector before the next one: their rows of all vectors fit in the first cache
 PREFETCHED = 24  # tokens ahead of the one in use; rows lie too far apart for a processor to guess them
 BLOCK = VECTORS * LANES
+ROW = 4 * BLOCK  # bytes of a tap of all channels of a task
+SUMS = TAPS + 1  # gradients of a direction's taps, and last of its bias
+KEPT = 2 * (BACK + SUMS)  # vectors that a backward keeps from one run of steps to the next
 
 # Addresses and strides in bytes. Where a direction is absent its weight (channels, 1, taps), bias, u, grad and
 # gradients are 0; weights, biases and their gradients are dense float32. `sums` holds float32 sums over tokens, by
-# image, direction and tap, the bias last: (images, 2, taps + 1, lanes). `ring` is a power of two that holds k tokens.
+# image, direction and tap, the bias last: (images, 2, SUMS, lanes).
 CALL = record(
-    *("images", "tokens", "channels", "lanes", "blocks", "taps", "ring", "size", "dx", "sums", SOURCE),
+    *("images", "tokens", "channels", "lanes", "blocks", "taps", "size", "dx", "sums", SOURCE),
     *(f"{name}{part}" for name in ("x", "grad", "grad_b") for part in ("", "_image", "_token")),
     *(f"{name}{end}" for end in ("", "_b") for name in ("weight", "bias", "u", "dweight", "dbias")),
 )
 
 
-def weights_scratch(taps: int) -> int:
+def forward_scratch() -> int:
     """Bytes in which a task keeps the weights of its channels, the taps and last the bias of each direction."""
-    return 2 * (taps + 1) * BLOCK * 4
+    return 2 * SUMS * ROW
 
 
-def ring_scratch(ring: int) -> int:
-    """Bytes of the rings of a task's backward."""
-    return 2 * ring * VECTORS * WIDTH
+def backward_scratch() -> int:
+    """Bytes of a task's weights, and of what its backward keeps of each vector."""
+    return forward_scratch() + VECTORS * KEPT * WIDTH
 
 
 @compiled
 def _pack_weights(call, block, packed):
-    """Copy the weights of a block's channels to lanes, zeros for channels and directions that do not exist."""
+    """Copy the weights of a block's channels to lanes, zeros for taps, channels and directions that do not exist."""
+    before = TAPS - call.taps
     for direction in range(2):
         weight, bias = call.weight, call.bias
         if direction == 1:
             weight, bias = call.weight_b, call.bias_b
-        at = packed + direction * (call.taps + 1) * BLOCK * 4
+        at = packed + direction * SUMS * ROW
         for lane in range(BLOCK):
             channel = block * BLOCK + lane
             exists = weight != 0 and channel < call.channels
-            for j in range(call.taps):
-                tap = load_float(weight + (channel * call.taps + j) * 4) if exists else 0.0
-                store_float(at + (j * BLOCK + lane) * 4, tap)
-            store_float(at + (call.taps * BLOCK + lane) * 4, load_float(bias + channel * 4) if exists else 0.0)
+            for j in range(TAPS):
+                read = exists and j >= before
+                tap = load_float(weight + (channel * call.taps + j - before) * 4) if read else 0.0
+                store_float(at + j * ROW + lane * 4, tap)
+            store_float(at + TAPS * ROW + lane * 4, load_float(bias + channel * 4) if exists else 0.0)
 
 
 @compiled
-def _sum(kind, call, x, token, lanes, weights, reverse):
-    """One direction's sum before SiLU at one token; x and weights are at the task's image and channels."""
-    last = call.taps - 1
-    total = load(weights + call.taps * BLOCK * 4)
-    step, missing = call.x_token, last - token
-    if reverse:
-        step, missing = -call.x_token, token + last - call.tokens + 1
-    first = x + token * call.x_token - last * step
-    for j in range(max(0, missing), call.taps):
-        total = total + load(weights + j * BLOCK * 4) * load_lanes(kind, first + j * step, lanes)
-    return total
+def _five(at, step):
+    """Five vectors, step bytes apart: of a direction's taps and bias, or of their gradients."""
+    return load(at), load(at + step), load(at + 2 * step), load(at + 3 * step), load(at + 4 * step)
+
+
+@compiled
+def _keep(at, values):
+    """Write vectors side by side; return the address behind them."""
+    for value in values:
+        store(at, value)
+        at += WIDTH
+    return at
+
+
+@compiled
+def _token(kind, call, x, token, lanes):
+    """One token's values of a vector, zeros before the first and after the last."""
+    if 0 <= token < call.tokens:
+        return load_lanes(kind, x + token * call.x_token, lanes)
+    return splat(0.0)
+
+
+@compiled
+def _tokens_before(kind, call, x, t, lanes):
+    """Tokens t - 3, t - 2 and t - 1."""
+    return (
+        _token(kind, call, x, t - 3, lanes),
+        _token(kind, call, x, t - 2, lanes),
+        _token(kind, call, x, t - 1, lanes),
+    )
+
+
+@compiled
+def _forward_steps(kind, call, x, out, lanes, packed, first, last):
+    """Output of a vector for steps first to last; x, out and packed are at the task's image and channels."""
+    w0, w1, w2, w3, bias = _five(packed, ROW)
+    v0, v1, v2, v3, bias_b = _five(packed + SUMS * ROW, ROW)
+    x0, x1, x2 = _tokens_before(kind, call, x, first, lanes)
+    row = call.channels * call.size
+    for t in range(first, last):
+        x3 = _token(kind, call, x, t, lanes)
+        prefetch(x + (t + PREFETCHED) * call.x_token)
+        if call.u and t < call.tokens:
+            s = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            store_lanes(kind, call.u + out + t * row, lanes, s * sigmoid(s))
+        if call.u_b and t >= BACK:
+            s = bias_b + v3 * x0 + v2 * x1 + v1 * x2 + v0 * x3
+            store_lanes(kind, call.u_b + out + (t - BACK) * row, lanes, s * sigmoid(s))
+        x0, x1, x2 = x1, x2, x3
 
 
 @compiled
@@ -85,71 +131,68 @@ def forward(kind, calls, packed, begin, end):
     """Run the tasks of a range."""
     call = calls[0]
     mode = flush_subnormals()
+    steps = call.tokens + BACK if call.u_b else call.tokens
     for task in range(begin, end):
         image, block = task // call.blocks, task % call.blocks
         _pack_weights(call, block, packed)
-        for token in range(call.tokens):
+        for first in range(0, steps, STEPS):
+            last = min(first + STEPS, steps)
             for c in range(block * BLOCK, min(call.channels, (block + 1) * BLOCK), LANES):
-                lanes = call.channels - c
                 x = call.x + image * call.x_image + c * call.size
-                prefetch(x + (token + PREFETCHED) * call.x_token)
+                out = (image * call.tokens * call.channels + c) * call.size
                 weights = packed + 4 * (c - block * BLOCK)
-                out = ((image * call.tokens + token) * call.channels + c) * call.size
-                if call.u:
-                    s = _sum(kind, call, x, token, lanes, weights, False)
-                    store_lanes(kind, call.u + out, lanes, s * sigmoid(s))
-                if call.u_b:
-                    s = _sum(kind, call, x, token, lanes, weights + (call.taps + 1) * BLOCK * 4, True)
-                    store_lanes(kind, call.u_b + out, lanes, s * sigmoid(s))
+                _forward_steps(kind, call, x, out, call.channels - c, weights, first, last)
     restore_float_mode(mode)
 
 
 @compiled
-def _sum_backward(kind, call, x, grad, token, lanes, weights, sums, reverse):
-    """Gradient of one direction's sum at one token; adds to those of its taps and bias."""
-    s = _sum(kind, call, x, token, lanes, weights, reverse)
+def _sum_gradient(kind, grad, lanes, s):
+    """Gradient of a sum before SiLU, for that of the output at an address."""
     gate = sigmoid(s)
-    ds = load_lanes(kind, grad, lanes) * (gate * (splat(1.0) + s * (splat(1.0) - gate)))
-    last = call.taps - 1
-    step, missing = call.x_token, last - token
-    if reverse:
-        step, missing = -call.x_token, token + last - call.tokens + 1
-    first = x + token * call.x_token - last * step
-    for j in range(max(0, missing), call.taps):
-        accumulate(sums + j * call.lanes * 4, ds * load_lanes(kind, first + j * step, lanes))
-    accumulate(sums + call.taps * call.lanes * 4, ds)
-    return ds
+    return load_lanes(kind, grad, lanes) * (gate * (splat(1.0) + s * (splat(1.0) - gate)))
 
 
 @compiled
-def _backward_token(kind, call, image, c, step, weights, ring):
-    """Take sum `step` of the causal direction and `step - k + 1` of the other; write dx of the latter token."""
-    last, lanes = call.taps - 1, call.channels - c
-    token = step - last
-    to_other = (call.taps + 1) * BLOCK * 4
-    to_other_sums = (call.taps + 1) * call.lanes * 4
+def _backward_steps(kind, call, image, c, packed, kept, first, last):
+    """Write dx of a vector for steps first to last, and add to the gradients of its weights.
+
+    Names: w, v are the taps of the direction from the first token and of the other, a and b the gradients of their sums
+    now and at the last three steps, dw and dv the gradients of the taps.
+    """
+    lanes = call.channels - c
     x = call.x + image * call.x_image + c * call.size
-    sums = call.sums + 4 * c + image * 2 * to_other_sums
-    ring_b, wrap = ring + call.ring * WIDTH, call.ring - 1
-    ds = splat(0.0)
-    if call.grad and step < call.tokens:
-        grad = call.grad + image * call.grad_image + step * call.grad_token + c * call.size
-        ds = _sum_backward(kind, call, x, grad, step, lanes, weights, sums, False)
-    store(ring + (step & wrap) * WIDTH, ds)
-    if token < 0:
-        return
-    ds = splat(0.0)
-    if call.grad_b:
-        grad = call.grad_b + image * call.grad_b_image + token * call.grad_b_token + c * call.size
-        ds = _sum_backward(kind, call, x, grad, token, lanes, weights + to_other, sums + to_other_sums, True)
-    store(ring_b + (token & wrap) * WIDTH, ds)
-    dx = splat(0.0)
-    for j in range(call.taps):
-        tap = weights + j * BLOCK * 4
-        dx = dx + load(tap) * load(ring + ((step - j) & wrap) * WIDTH)
-        dx = dx + load(tap + to_other) * load(ring_b + ((token - last + j) & wrap) * WIDTH)
-    at = call.dx + ((image * call.tokens + token) * call.channels + c) * call.size
-    store_lanes(kind, at, lanes, dx)
+    grad = call.grad + image * call.grad_image + c * call.size
+    grad_b = call.grad_b + image * call.grad_b_image + c * call.size
+    dx, row = call.dx + (image * call.tokens * call.channels + c) * call.size, call.channels * call.size
+    x0, x1, x2 = _tokens_before(kind, call, x, first, lanes)
+    a1, a2, a3, b1, b2 = _five(kept, WIDTH)
+    b3, sums = load(kept + 5 * WIDTH), kept + 2 * BACK * WIDTH
+    dw0, dw1, dw2, dw3, db = _five(sums, WIDTH)
+    dv0, dv1, dv2, dv3, db_b = _five(sums + SUMS * WIDTH, WIDTH)
+    w0, w1, w2, w3, bias = _five(packed, ROW)
+    v0, v1, v2, v3, bias_b = _five(packed + SUMS * ROW, ROW)
+    for t in range(first, last):
+        x3 = _token(kind, call, x, t, lanes)
+        prefetch(x + (t + PREFETCHED) * call.x_token)
+        a0, b0 = splat(0.0), splat(0.0)
+        if call.grad and t < call.tokens:
+            prefetch(grad + (t + PREFETCHED) * call.grad_token)
+            s = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            a0 = _sum_gradient(kind, grad + t * call.grad_token, lanes, s)
+            dw0, dw1, dw2, dw3, db = dw0 + a0 * x0, dw1 + a0 * x1, dw2 + a0 * x2, dw3 + a0 * x3, db + a0
+        if t >= BACK:
+            if call.grad_b:
+                prefetch(grad_b + (t + PREFETCHED) * call.grad_b_token)
+                s = bias_b + v3 * x0 + v2 * x1 + v1 * x2 + v0 * x3
+                b0 = _sum_gradient(kind, grad_b + (t - BACK) * call.grad_b_token, lanes, s)
+                dv3, dv2, dv1, dv0, db_b = dv3 + b0 * x0, dv2 + b0 * x1, dv1 + b0 * x2, dv0 + b0 * x3, db_b + b0
+            change = w0 * a0 + w1 * a1 + w2 * a2 + w3 * a3 + v3 * b0 + v2 * b1 + v1 * b2 + v0 * b3
+            store_lanes(kind, dx + (t - BACK) * row, lanes, change)
+        x0, x1, x2 = x1, x2, x3
+        a1, a2, a3 = a0, a1, a2
+        b1, b2, b3 = b0, b1, b2
+    sums = _keep(kept, (a1, a2, a3, b1, b2, b3))
+    _keep(sums, (dw0, dw1, dw2, dw3, db, dv0, dv1, dv2, dv3, db_b))
 
 
 @compiled
@@ -157,23 +200,24 @@ def backward(kind, calls, scratch, begin, end):
     """Run the tasks of a range."""
     call = calls[0]
     mode = flush_subnormals()
-    rings = scratch + 2 * (call.taps + 1) * BLOCK * 4
+    kept, steps = scratch + 2 * SUMS * ROW, call.tokens + BACK
     for task in range(begin, end):
         image, block = task // call.blocks, task % call.blocks
+        vectors = min(VECTORS, (call.channels - block * BLOCK + LANES - 1) // LANES)
         _pack_weights(call, block, scratch)
-        for at in range(rings, rings + 2 * call.ring * VECTORS * WIDTH, WIDTH):
+        for at in range(kept, kept + VECTORS * KEPT * WIDTH, WIDTH):
             store(at, splat(0.0))
-        for vector in range(VECTORS):
-            c = block * BLOCK + vector * LANES
-            if c < call.channels:
-                for row in range(2 * (call.taps + 1)):
-                    store(call.sums + ((image * 2 * (call.taps + 1) + row) * call.lanes + c) * 4, splat(0.0))
-        for step in range(call.tokens + call.taps - 1):
-            for vector in range(VECTORS):
+        for first in range(0, steps, STEPS):
+            last = min(first + STEPS, steps)
+            for vector in range(vectors):
                 c = block * BLOCK + vector * LANES
-                if c < call.channels:
-                    weights = scratch + vector * WIDTH
-                    _backward_token(kind, call, image, c, step, weights, rings + 2 * call.ring * vector * WIDTH)
+                _backward_steps(
+                    kind, call, image, c, scratch + vector * WIDTH, kept + vector * KEPT * WIDTH, first, last
+                )
+        for vector in range(vectors):
+            sums = call.sums + (image * 2 * SUMS * call.lanes + block * BLOCK + vector * LANES) * 4
+            for j in range(2 * SUMS):
+                store(sums + j * call.lanes * 4, load(kept + (vector * KEPT + 2 * BACK + j) * WIDTH))
     restore_float_mode(mode)
 
 
@@ -182,17 +226,18 @@ def sum_images(calls):
     """Write the gradients of weights and biases: the sums over images, in their order."""
     call = calls[0]
     mode = flush_subnormals()
+    before = TAPS - call.taps
     for direction in range(2):
         dweight, dbias = call.dweight, call.dbias
         if direction == 1:
             dweight, dbias = call.dweight_b, call.dbias_b
         if dweight:
-            for j in range(call.taps + 1):
+            for j in range(before, SUMS):
                 for channel in range(call.channels):
-                    total = load_float(call.sums + ((direction * (call.taps + 1) + j) * call.lanes + channel) * 4)
+                    total = load_float(call.sums + ((direction * SUMS + j) * call.lanes + channel) * 4)
                     for image in range(1, call.images):
-                        row = (image * 2 + direction) * (call.taps + 1) + j
+                        row = (image * 2 + direction) * SUMS + j
                         total = total + load_float(call.sums + (row * call.lanes + channel) * 4)
-                    at = dbias + channel * 4 if j == call.taps else dweight + (channel * call.taps + j) * 4
+                    at = dbias + channel * 4 if j == TAPS else dweight + (channel * call.taps + j - before) * 4
                     store_float(at, total)
     restore_float_mode(mode)

@@ -1,6 +1,7 @@
 """The causal convolution with SiLU on a CPU: describes tensors to `conv_kernels_numba`, spreads them over threads.
 
-The kernels take float32 or bfloat16; anything else is converted first.
+The kernels take float32 or bfloat16; anything else is converted first. They keep four taps in registers, as many as any
+released model has; `conv_reference` takes more.
 """
 
 from collections.abc import Callable
@@ -10,16 +11,12 @@ import torch
 from torch import Tensor
 
 from . import conv_kernels_numba as kernels
+from . import conv_reference
 from .eager import cast
 from .launch_numba import Fields, dense_float, records
 from .launch_numba import unavailable as unavailable
 from .threads import aligned_scratch, run_tasks
 from .vector_numba import BFLOAT16, FLOAT32, LANES
-
-
-def ring_size(taps: int) -> int:
-    """Return the smallest power of two that holds the taps."""
-    return 1 << (taps - 1).bit_length()
 
 
 def _fields(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool], dtype: torch.dtype) -> Fields:
@@ -33,7 +30,6 @@ def _fields(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
         lanes=-(-channels // LANES) * LANES,
         blocks=-(-channels // kernels.BLOCK),
         taps=taps,
-        ring=ring_size(taps),
         size=dtype.itemsize,
     )
     for (weight, bias), back in zip(weights, reverse, strict=True):
@@ -63,10 +59,12 @@ def _kernel_dtype(x: Tensor) -> torch.dtype:
 
 def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]) -> list[Tensor]:
     """Return the output of each direction, contiguous ``(b, l, d)``."""
+    if weights[0][0].shape[2] > kernels.TAPS:
+        return conv_reference.forward(x, weights, reverse)
     dtype = _kernel_dtype(x)
     fields = _fields(x, weights, reverse, dtype)
     outputs = [fields.point("u_b" if back else "u", torch.empty(x.shape, dtype=dtype)) for back in reverse]
-    _run(kernels.forward, fields, kernels.weights_scratch(fields["taps"]))
+    _run(kernels.forward, fields, kernels.forward_scratch())
     return [cast(u, x.dtype) for u in outputs]
 
 
@@ -74,9 +72,10 @@ def backward(
     grads: list[Tensor], x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return the gradients of x and of each direction's weight and bias."""
+    if weights[0][0].shape[2] > kernels.TAPS:
+        return conv_reference.backward(grads, x, weights, reverse)
     dtype = _kernel_dtype(x)
     fields = _fields(x, weights, reverse, dtype)
-    taps = fields["taps"]
     gradients = []
     for grad, (weight, bias), back in zip(grads, weights, reverse, strict=True):
         end = "_b" if back else ""
@@ -85,8 +84,8 @@ def backward(
         dbias = fields.point("dbias" + end, torch.empty(bias.shape, dtype=torch.float32))
         gradients.append((dweight, dbias))
     dx = fields.point("dx", torch.empty(x.shape, dtype=dtype))
-    fields.point("sums", torch.empty(x.shape[0], 2, taps + 1, fields["lanes"], dtype=torch.float32))
-    call = _run(kernels.backward, fields, kernels.weights_scratch(taps) + kernels.ring_scratch(fields["ring"]))
+    fields.point("sums", torch.empty(x.shape[0], 2, kernels.SUMS, fields["lanes"], dtype=torch.float32))
+    call = _run(kernels.backward, fields, kernels.backward_scratch())
     kernels.sum_images(call)
     like_weights = [(cast(dw, w.dtype), cast(db, b.dtype)) for (dw, db), (w, b) in zip(gradients, weights, strict=True)]
     return cast(dx, x.dtype), like_weights

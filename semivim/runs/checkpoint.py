@@ -22,17 +22,21 @@ from semivim.runs.run_folder import (
     CONFIG,
     GOOD,
     LAST,
+    MODEL_BEST,
+    PIXELS,
     RECOVERY,
     WEIGHTS,
     checkpoints_of_kind,
     numbered_checkpoint,
     remove_checkpoint,
 )
+from semivim.runs.saved_state import check_saved
 from semivim.utils.checksum import seal_checkpoint, seal_safetensors
 from semivim.utils.files import atomic_path, flush, full_disk_is_one_line, load_untrusted, write_text
+from semivim.utils.pixels import PixelRules
 from semivim.utils.user_error import UserError, one_line
 
-RUN_LAYOUT = 2  # of checkpoints; 1 had the run's position among the task's losses
+RUN_LAYOUT = 3  # of checkpoints; 1 had the run's position among the task's losses, 2 no sums of the whole run
 
 
 class AtomicCheckpointSaver(CheckpointSaver):
@@ -52,19 +56,24 @@ class AtomicCheckpointSaver(CheckpointSaver):
         self.folder, self.export = folder, export
         self.unproven: Path | None = None  # the newest checkpoint, while no step has been taken from it
 
-    def save_epoch(self, epoch: int, metrics: dict[str, Any], metric_name: str) -> None:
+    def save_epoch(self, epoch: int, metrics: dict[str, Any], metric_name: str) -> bool:
         """Save the end of an epoch, and export the model if it is the best so far.
 
         Args:
             epoch: The epoch.
-            metrics: Metrics of the model to export, {} if the epoch was not evaluated.
+            metrics: Metrics of the model to export (see :func:`better_model`), {} if the epoch was not evaluated.
             metric_name: The one that says how good it is.
+
+        Returns:
+            Whether it is.
         """
         metric = metrics.get(metric_name)
+        is_best = metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric))
         # The model first: killed in between, the epoch is done again and finds the same best.
-        if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
+        if is_best:
             self.export({"epoch": epoch, **metrics})
         self.save_checkpoint(epoch, metric)
+        return is_best
 
     def read_best(self, epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Epoch and metrics of the best model; the model as it is now becomes it where no epoch was evaluated."""
@@ -74,11 +83,17 @@ class AtomicCheckpointSaver(CheckpointSaver):
         return json.loads(path.read_text())
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
-        """Save the end of an epoch; recovery files, now older than ``last``, go."""
-        best = super().save_checkpoint(epoch, metric)
+        """Save the end of an epoch, as timm's saver does; recovery files, now older than ``last``, go.
+
+        timm's method is written again here because a run that was killed within it has to do its second half.
+        """
+        temporary = self.folder / f"tmp{CHECKPOINT_SUFFIX}"
+        self._save(str(temporary), epoch, metric)
+        self._replace(str(temporary), str(self.folder / LAST))
+        self._keep_copy(epoch, metric)
         self._remove_recovery()
         self.unproven = self.folder / LAST
-        return best
+        return self.best_metric, self.best_epoch
 
     def _remove_recovery(self) -> None:
         for file in reversed(checkpoints_of_kind(self.folder, RECOVERY)):  # a kill in between leaves the newest
@@ -103,6 +118,31 @@ class AtomicCheckpointSaver(CheckpointSaver):
         if not known or not isinstance(epoch, int):
             raise UserError(f"{self.folder}: the checkpoint's history is damaged: epoch {epoch!r}, metrics {metrics!r}")
         super().load_state_dict(state_dict)
+
+    def finish_save(self, epoch: int, metric: float | None) -> None:
+        """Make the copies of ``last`` that a kill in the middle of :meth:`save_checkpoint` left out.
+
+        Args:
+            epoch: The epoch whose end ``last`` holds.
+            metric: Its metric, None if it was not evaluated.
+        """
+        if Path(self._checkpoint_path(epoch)) not in [Path(file) for file, _ in self.checkpoint_files]:
+            self._keep_copy(epoch, metric)
+        elif self.best_epoch == epoch:
+            self._duplicate(str(self.folder / LAST), str(self.folder / MODEL_BEST))
+
+    def _keep_copy(self, epoch: int, metric: float | None) -> None:
+        """Copy ``last`` to a numbered checkpoint if it earns a place, by the rule of timm's ``save_checkpoint``."""
+        path = self._checkpoint_path(epoch)
+        # An epoch that is done again has a copy already; twice in the history, its worse entry would remove it one day.
+        self.checkpoint_files = [file for file in self.checkpoint_files if file[0] != path]
+        if len(self.checkpoint_files) >= self.max_history:
+            worst = self.checkpoint_files[-1][1]
+            if worst is not None and (metric is None or not self.cmp(metric, worst)):
+                return
+            self._cleanup_checkpoints(1)
+        self._duplicate(str(self.folder / LAST), path)
+        self._track_checkpoint(path, epoch, metric)
 
     def _cleanup_checkpoints(self, trim: int = 0) -> None:
         kept = max(0, self.max_history - min(len(self.checkpoint_files), trim))
@@ -150,6 +190,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
         except OSError:  # a file system without hard links
             shutil.copy2(src, link)
         os.replace(link, dst)
+        Path(link).unlink(missing_ok=True)  # where both were the same file, the system leaves both names
 
 
 def _tensor_bytes(value: Any) -> int:
@@ -200,23 +241,21 @@ def restore(
         scaler: Of the gradients, if they are scaled.
 
     Raises:
-        UserError: If the checkpoint is another model's.
+        UserError: If the checkpoint is another model's or run's (see ``check_saved``).
     """
-    try:
-        task.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
-        if task.has_ema():
-            task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
-        if optimizer is not None:
-            rates = [group["lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if not checkpoint["task_state"]["progress"]["num_epochs"]:  # a schedule over epochs sets no other before
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
-            load_schedule_state(scheduler, checkpoint["task_state"]["progress"]["schedule"])
-            if scaler is not None and scaler.state_dict_key in checkpoint:
-                scaler.load_state_dict(checkpoint[scaler.state_dict_key])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"--resume {path}: not a checkpoint of this run: {one_line(error)}") from error
+    check_saved(checkpoint, f"--resume {path}: not a checkpoint of this run", task, optimizer, scheduler, scaler)
+    task.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
+    if task.has_ema():
+        task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
+    if optimizer is not None:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if not checkpoint["task_state"]["progress"]["num_epochs"]:  # a schedule over epochs sets no other before
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        load_schedule_state(scheduler, checkpoint["task_state"]["progress"]["schedule"])
+        if scaler is not None and scaler.state_dict_key in checkpoint:
+            scaler.load_state_dict(checkpoint[scaler.state_dict_key])
 
 
 def schedule_state(scheduler: Scheduler) -> dict[str, Any]:
@@ -233,15 +272,29 @@ def load_schedule_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
         scheduler.restore_lr = state["restore_lr"]
 
 
+def better_model(candidates: Mapping[str, Mapping[str, Any]], metric_name: str) -> dict[str, Any]:
+    """Name, as ``model``, and metrics of the model with the highest metric; the first of equals.
+
+    Args:
+        candidates: Metrics of each model by its name; all {} if they were not evaluated, which gives {}.
+        metric_name: The metric.
+    """
+    if not all(candidates.values()):
+        return {}
+    name = max(candidates, key=lambda name: candidates[name][metric_name])
+    return {"model": name, **candidates[name]}
+
+
 def save_best(
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     folder: Path,
     label_names: Sequence[str] | None,
     data_config: dict[str, Any],
+    rules: PixelRules,
     metrics: dict[str, Any],
 ) -> None:
-    """Write a model (see :func:`save_model`) and best.json, its epoch and metrics."""
-    save_model(model, folder, label_names, data_config)
+    """Write the model that the metrics name (see :func:`save_model`) and best.json, its name, epoch and metrics."""
+    save_model(models[metrics["model"]], folder, label_names, data_config, rules)
     write_text(folder / BEST, json.dumps(metrics))
 
 
@@ -250,6 +303,7 @@ def save_model(
     folder: Path,
     label_names: Sequence[str] | None = None,
     data_config: dict[str, Any] | None = None,
+    rules: PixelRules | None = None,
 ) -> None:
     """Write model.safetensors and config.json into a folder, each whole or not at all.
 
@@ -261,8 +315,11 @@ def save_model(
         label_names: Names of the classes; left out where their number is not the model's.
         data_config: Preprocessing that the model was evaluated with (timm's ``resolve_input_data_config``); None takes
             the architecture's.
+        rules: How pixels became 8 bits; left out if None.
     """
-    config = {"label_names": list(label_names)} if label_names and len(label_names) == model.num_classes else None
+    config: dict[str, Any] = {} if rules is None else {PIXELS: rules._asdict()}
+    if label_names and len(label_names) == model.num_classes:
+        config["label_names"] = list(label_names)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
         with full_disk_is_one_line(Path(temporary) / WEIGHTS, _tensor_bytes(model.state_dict())):
             hook = model.register_state_dict_post_hook(_one_plain_tensor_each)

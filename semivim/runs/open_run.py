@@ -215,6 +215,9 @@ def open_run(
         saver = AtomicCheckpointSaver(found.folder, export, args=args, **saved)
         if found.checkpoint and found.continues:
             saver.load_state_dict(found.checkpoint["saver"])
+            epoch, metric = found.checkpoint["saver"]["pending"]
+            if found.path == found.folder / LAST and epoch < progress.num_epochs:  # else the middle of an epoch
+                saver.finish_save(epoch, metric)
         if not (found.continues and (found.folder / GOOD).exists()):
             saver.keep_first(progress.num_epochs)
         if log_wandb:

@@ -19,6 +19,7 @@ class Progress:
         num_epochs: Epochs finished, with their evaluation; some updates of the next may be done.
         interval: Sums of the figures of the steps since the last log line.
         epoch: Sums of the figures of the steps of the unfinished epoch.
+        run: Sums of the figures of all steps.
         unreadable: Times each unreadable image was skipped, by its position, over all ranks.
         schedule: State of the learning rate schedule beyond its position (see ``schedule_state``).
     """
@@ -27,6 +28,7 @@ class Progress:
     num_epochs: int = 0
     interval: dict[str, Tensor] = field(default_factory=dict)
     epoch: dict[str, Tensor] = field(default_factory=dict)
+    run: dict[str, Tensor] = field(default_factory=dict)
     unreadable: dict[int, int] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
 
@@ -35,6 +37,7 @@ class Progress:
         self.num_updates += 1
         add_up(self.interval, figures)
         add_up(self.epoch, figures)
+        add_up(self.run, figures)
 
     def restart(self, num_epochs: int, updates_per_epoch: int) -> None:
         """Move to the start of an epoch, where no figures are summed yet."""

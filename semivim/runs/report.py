@@ -36,11 +36,12 @@ def write_report(
     save_curves(folder / CURVES, records, panels, title)
 
 
-def results_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+def results_table(columns: Mapping[str, Mapping[str, Any]], pseudo_labels: Mapping[str, Any] | None = None) -> str:
     """Metrics of several models side by side, in percent.
 
     Args:
         columns: Title and metrics (see ``ClassificationMetrics``) of each model; the last says which metrics there are.
+        pseudo_labels: ``seen``, ``kept`` and ``fault`` of the unlabelled images (see ``pseudo_label_summary``), if any.
     """
     *_, last = columns.values()
     rows = {name: [metrics[name] for metrics in columns.values()] for name in METRIC_NAMES if name in last}
@@ -49,6 +50,9 @@ def results_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
         rows |= {f"recall of class {c}": list(values) for c, values in enumerate(recalls) if values[-1] is not None}
     lines = ["".join([f"{'':22}", *(f"{title:>10}" for title in columns)])]
     lines += ["".join([f"{name:22}", *(f"{value:10.2f}" for value in values)]) for name, values in rows.items()]
+    if pseudo_labels:
+        lines.append(f"unlabelled images: {pseudo_labels['seen']:,} seen, {pseudo_labels['kept']:,} kept")
+        lines += [pseudo_labels["fault"]] if pseudo_labels["fault"] else []
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from semivim.utils.terminal import escape
-from semivim.utils.user_error import UserError
+from semivim.utils.user_error import UserError, short
 
 try:
     import fcntl
@@ -30,11 +30,13 @@ METRICS = "metrics.json"  # results at the end
 CURVES = "curves.png"
 WEIGHTS = "model.safetensors"  # the best model, with CONFIG as timm and the Hub name them
 CONFIG = "config.json"
+PIXELS = "semivim_pixel_rules"  # entry of CONFIG, beside timm's
 BEST = "best.json"  # epoch and metrics of the best model
 LOCK = ".lock"
 CHECKPOINT_SUFFIX = ".pth.tar"  # timm's saver adds it to the names below, checkpoint-EPOCH and recovery-EPOCH-UPDATE
 LAST = f"last{CHECKPOINT_SUFFIX}"
 GOOD = f"good{CHECKPOINT_SUFFIX}"  # the newest checkpoint from which a step was taken
+MODEL_BEST = f"model_best{CHECKPOINT_SUFFIX}"  # timm's copy of the best epoch's checkpoint
 RECOVERY = "recovery"
 _REMOVABLE = re.compile(rf"(checkpoint-\d+|{RECOVERY}-\d+-\d+){re.escape(CHECKPOINT_SUFFIX)}", re.ASCII)
 # of ``atomic_path``, ``save_model``, ``AtomicCheckpointSaver`` and timm's saver
@@ -125,7 +127,11 @@ def check_unchanged(saved: Mapping[str, Any], given: Mapping[str, Any], fixed: M
         UserError: Where one differs; the message names the flag and both values.
     """
     for name, flags in fixed.items():
-        if _plain(saved.get(name)) != _plain(given[name]):
+        try:
+            was = _plain(saved.get(name))
+        except yaml.YAMLError as error:
+            raise UserError(f"{flags} is {short(saved[name])} in the run to resume, no value of a flag") from error
+        if was != _plain(given[name]):
             raise UserError(
                 f"{flags} is {given[name]}, but {saved.get(name)} in the run to resume, which cannot change it: "
                 f"give {saved.get(name)}, or start another run"

@@ -65,6 +65,7 @@ class RunLog:
         self.train_columns, self.eval_columns, self.log_wandb = train_columns, eval_columns, log_wandb
         self.total, self.first, self.done = total_updates, first_update, first_update
         self.images = 0  # since the last record
+        self.said: set[str] = set()  # of lines that are printed once
         self.records: list[dict[str, Any]] = []
         self.start_s = self.mark_s = time.perf_counter()
         self.bar = None
@@ -134,6 +135,12 @@ class RunLog:
         if self.path:
             tqdm.write(escape_lines(text), file=sys.stdout)
             sys.stdout.flush()
+
+    def say_once(self, text: str | None) -> None:
+        """Print a line, if there is one, unless this log has printed it."""
+        if text and text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
     def close(self) -> None:
         """End the bar."""

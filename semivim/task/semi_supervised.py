@@ -14,6 +14,7 @@ from semivim.loss.pseudo_label import confidence_and_pseudo, keep_mask, labelled
 from semivim.runs.progress import Progress
 from semivim.utils.lyap_ema import LyapEmaV3
 from semivim.utils.lyapunov import LyapStats
+from semivim.utils.user_error import UserError, short
 
 METHODS = ("supervised", "fixmatch", "ema-teacher", "lyapema")
 PSEUDO_MIXUPS = ("none", "prob", "ss")
@@ -248,4 +249,7 @@ class SemiSupervisedTask(TrainingTask):
         else:
             self.progress.load_state_dict(state["progress"])
             self.alpha = state["alpha"]
-            self.lyap_stats = LyapStats(**state["lyap_stats"]) if state["lyap_stats"] else None
+            stats = state["lyap_stats"]
+            if stats and set(stats) != set(LyapStats._fields):
+                raise UserError(f"lyap_stats of a checkpoint: wanted {LyapStats._fields}, got {short(stats)}")
+            self.lyap_stats = LyapStats(**stats) if stats else None

@@ -13,6 +13,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from semivim.utils.checksum import check_seal
@@ -77,6 +78,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+MAX_YAML_ITEMS = 100_000  # a run's args.yaml has about 150
+
 # What torch's restricted unpickler raises for files that are no checkpoints, found by feeding it damaged ones.
 UNREADABLE = (
     OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
@@ -108,9 +111,57 @@ def load_untrusted(path: str | os.PathLike) -> dict[str, Any]:
         # torch wraps what it found in the advice to load the file unrestricted
         inner = error.__context__ if isinstance(error, UnpicklingError) else None
         raise UserError(f"{path} is not a readable torch file: {one_line(inner or error)}") from error
+    _refuse_unbacked(content, path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, wanted a dict of weights or of a training state")
     return content
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML whose aliases do not make much of little: ten lines can stand for a list of billions.
+
+    Raises:
+        yaml.YAMLError: If the text is no YAML, or stands for more than ``MAX_YAML_ITEMS``.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except (ValueError, RecursionError) as error:  # a date such as 2026-13-01; thousands of brackets
+        raise yaml.YAMLError(one_line(error)) from error
+    count, stack = 0, [content]
+    while stack:
+        value = stack.pop()
+        count += 1
+        if count > MAX_YAML_ITEMS:
+            raise yaml.YAMLError(f"it stands for more than {MAX_YAML_ITEMS:,} values, by aliases or otherwise")
+        if isinstance(value, dict | list | tuple | set):
+            stack.extend(value.values() if isinstance(value, dict) else value)
+    return content
+
+
+def _refuse_unbacked(content: Any, path: str | os.PathLike) -> None:
+    """Refuse a tensor that claims more numbers than its file holds, which the first operation on it would allocate."""
+    stack, seen = [content], set()  # containers may hold each other
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Namespace):
+            value = vars(value)
+        if isinstance(value, dict | list | tuple | set):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            stack.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, torch.Tensor):
+            is_dense = value.layout is torch.strided and value.device.type == "cpu"
+            if not is_dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(
+                    f"{path} holds a tensor of shape {tuple(value.shape)} without a value for each number in it"
+                )
+
+
+def weights_shapes(path: str | os.PathLike) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file that :func:`check_weights_file` has taken, from its header alone."""
+    with safe_open(path, framework="pt") as file:
+        return [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118  no mapping
 
 
 def check_weights_file(path: str | os.PathLike) -> None:

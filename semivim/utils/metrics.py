@@ -60,19 +60,37 @@ def shot_groups(train_counts: Sequence[int], many: int = 100, few: int = 20) -> 
     """Classes with many, medium and few training images.
 
     More than ``many`` and fewer than ``few`` images as in ImageNet-LT; below 100 classes, where those bounds leave
-    groups empty, thirds of the classes by count. Nothing where the largest class is not even twice the smallest.
+    groups empty, thirds of the classes by count, of which classes with equal counts are never parted. Nothing where the
+    largest class is not even twice the smallest.
     """
     if not train_counts or max(train_counts) < 2 * min(train_counts):
         return {}
     classes = sorted(range(len(train_counts)), key=lambda c: (-train_counts[c], c))
     if len(classes) < 100:
-        third = len(classes) / 3
-        first, second = round(third), round(2 * third)
+        ordered, third = [train_counts[c] for c in classes], len(classes) / 3
+        first, second = (_nearest_step(ordered, min(round(n * third), len(classes) - 1)) for n in (1, 2))
         return {"many": classes[:first], "medium": classes[first:second], "few": classes[second:]}
     groups: dict[str, list[int]] = {"many": [], "medium": [], "few": []}
     for c in classes:
         groups["many" if train_counts[c] > many else "few" if train_counts[c] < few else "medium"].append(c)
     return groups
+
+
+def _nearest_step(ordered: Sequence[int], cut: int) -> int:
+    """The position nearest to ``cut`` that does not part equal values of an ordered list, at an end only if need be."""
+    start = ordered.index(ordered[cut])
+    steps = [step for step in (start, start + ordered.count(ordered[cut])) if 0 < step < len(ordered)]
+    return min(steps, key=lambda step: abs(step - cut), default=0)
+
+
+def describe_groups(train_counts: Sequence[int]) -> str:
+    """The groups of :func:`shot_groups` with their borders, in a line, '' where there are none."""
+    parts = []
+    for name, classes in shot_groups(train_counts).items():
+        if classes:
+            counts = [train_counts[c] for c in classes]
+            parts.append(f"{name} {min(counts):,} to {max(counts):,} ({len(classes)} classes)")
+    return f"groups of classes by training images: {', '.join(parts)}" if parts else ""
 
 
 @torch.inference_mode()

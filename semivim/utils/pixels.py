@@ -22,7 +22,19 @@ class PixelRules(NamedTuple):
     max_value: int | None = None
 
 
+MAX_ASPECT_RATIO = 50
 DEFAULT_RULES = PixelRules()
+
+
+def refuse_extreme_shape(image: Image.Image) -> None:
+    """Refuse an image that would take gigabytes once its shorter side is enlarged to a model's input.
+
+    Raises:
+        UserError: If one side is more than ``MAX_ASPECT_RATIO`` times the other.
+    """
+    long, short = max(image.size), min(image.size)
+    if long > MAX_ASPECT_RATIO * short:
+        raise UserError(f"its sides are {image.width} and {image.height} pixels, wanted a ratio of {MAX_ASPECT_RATIO}")
 
 
 def to_8_bit(image: Image.Image, rules: PixelRules) -> Image.Image:

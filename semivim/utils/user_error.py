@@ -2,11 +2,12 @@
 
 import errno
 import re
+import reprlib
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from semivim.utils.process_faults import process_fault
 from semivim.utils.terminal import escape, escape_what_the_output_cannot_encode
@@ -67,3 +68,12 @@ def one_line(error: BaseException) -> str:
     """What an exception says, with its type where that is no sentence, in one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return (text if " " in text else f"{type(error).__name__} {text}".strip())[:300]
+
+
+def short(value: Any) -> str:
+    """A value as an error shows it, in at most 60 characters."""
+    # aliases in YAML can make a list of billions in a few lines
+    bounded = reprlib.Repr()
+    bounded.maxlevel, bounded.maxstring, bounded.maxother = 3, 60, 60
+    text = bounded.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -138,3 +138,15 @@ def test_a_huge_jpeg_is_shrunk_while_it_is_decoded_and_its_warning_names_it(tmp_
         source.image(0)
     (message,) = caplog.messages
     assert message.startswith(f"{tmp_path}/huge.jpg: Image size (1920000 pixels) exceeds limit")
+
+
+def test_a_line_of_pixels_is_refused_before_it_is_enlarged(tmp_path):
+    """224 rows of a picture of 1 x 60,000 would be 9 gigabytes."""
+    for size, fits in (((50, 1), True), ((1, 50), True), ((51, 1), False), ((2, 60_000), False)):
+        Image.new("L", size).save(tmp_path / "line.png")
+        source = open_unlabelled_folder(str(tmp_path))
+        if fits:
+            assert source.image(0).size == size
+            continue
+        with pytest.raises(UnreadableImageError, match=r"line\.png is unreadable: its sides are \d+ and "):
+            source.image(0)

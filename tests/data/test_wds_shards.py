@@ -7,6 +7,7 @@ from PIL import Image
 
 from semivim.data import UnreadableImageError, check_sources, make_split, open_source
 from semivim.data.wds_shards import index_shards
+from semivim.utils.user_error import UserError
 
 
 def write_shard(path, samples):
@@ -112,3 +113,24 @@ def test_faults_are_named(root):
     write_shard(root / "cut.tar", [("a", "png", png(1)[:20])])
     with pytest.raises(UnreadableImageError, match="cut"):
         open_source("wds/toy", str(root), "cut").image(0)
+
+
+def test_a_class_beyond_any_is_refused_before_counts_take_memory(tmp_path):
+    write_shard(tmp_path / "train.tar", [("a", "jpg", png(1)), ("a", "cls", b"999999999999")])
+    with pytest.raises(UserError, match=r"train\.tar/a: label 999999999999 is over 131,071, the largest that is read"):
+        open_source("wds/x", str(tmp_path), "train")
+
+
+def test_what_is_left_out_is_counted_once_for_all_shards(tmp_path, caplog):
+    for n in range(2):
+        samples = [
+            ("a", "jpg", png(1)),
+            ("a", "json", b"{}"),
+            ("b", "jpg", png(2)),
+            ("b", "json", b"{}"),
+            ("._a", "jpg", b""),
+        ]
+        write_shard(tmp_path / f"train-{n}.tar", samples)
+    assert len(index_shards(str(tmp_path), "train").labels) == 4
+    (record,) = caplog.records
+    assert "left out 4 .json (such as 'train-0.tar/a.json'), 2 hidden (such as 'train-0.tar/._a.jpg')" in record.message

@@ -1,4 +1,5 @@
 import pytest
+import timm
 
 from semivim.data import View
 from semivim.flags import ssl_flags
@@ -7,6 +8,7 @@ from semivim.flags.model_flags import add_ema_flags
 from semivim.flags.parser import Parser
 from semivim.flags.ssl_flags import add_semi_supervised_flags
 from semivim.layers.ssmixup_readout import SSMIXUP_C
+from semivim.task.semi_supervised import METHODS, SemiSupervisedTask
 
 SPLIT = ["--labels-per-class", "4"]
 
@@ -72,6 +74,10 @@ def test_wrong_value_is_refused_where_it_is_read(words, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            "--lyap-mode literal --no-model-ema-warmup",
+            "--model-ema-warmup is read only with --lyap-mode default, got False",
+        ),
         ("--lyap-mode paper_stable --model-ema-decay 0.9", "--model-ema-decay is read only with --lyap-mode default"),
         (
             "--lyap-mode literal --model-ema-decay 0.9",
@@ -105,7 +111,6 @@ def test_flag_without_effect_or_against_another_is_one_line(words, message, caps
         ),
         ("--ssl-method fixmatch --lyap-gamma 5 --lyap-radius 1", "--lyap-gamma, --lyap-radius"),
         ("--ssl-method ema-teacher --lyap-mode literal --model-ema-decay 0.9", "--lyap-mode"),
-        ("--ssl-method lyapema --model-ema-warmup", "--model-ema-warmup"),
     ],
 )
 def test_what_only_another_method_reads_is_named_in_one_line(words, unused, caplog):
@@ -147,7 +152,7 @@ def test_list_is_no_draw(capsys):
     [
         "--imb-n1 20 --imb-factor-l 4 --imb-m1 40 --imb-factor-u -4",
         "--labeled-list f --unlabeled-list g",
-        "--label-fraction 1 --ssl-method supervised --model-ema-decay 0.5 --model-ema-warmup",
+        "--label-fraction 1 --ssl-method supervised --model-ema-decay 0.5 --no-model-ema-warmup",
         "--labels-per-class 1 --lyap-mode literal --lyap-gamma 2",
         "--labels-per-class 1 --lyap-mode paper_stable --lyap-radius 0",
         "--labels-per-class 1 --model-ema-decay 0.9",
@@ -195,9 +200,25 @@ def test_model_mixes_hidden_states_only_with_ssmixup():
 
 
 def test_teacher_gets_the_options_of_its_method():
-    plain = ssl_flags.teacher_kwargs(all_flags("--ssl-method fixmatch --model-ema-decay 0.9 --model-ema-warmup"))
-    assert plain == {"decay": 0.9, "use_warmup": True}
+    plain = ssl_flags.teacher_kwargs(all_flags("--ssl-method fixmatch --model-ema-decay 0.9 --no-model-ema-warmup"))
+    assert plain == {"decay": 0.9, "use_warmup": False}
     default = ssl_flags.teacher_kwargs(all_flags("--lyap-min-decay 0.5"))
     assert (default["mode"], default["decay"], default["min_decay"]) == ("default", 0.9998, 0.5)
     assert ssl_flags.teacher_kwargs(all_flags("--lyap-mode paper_stable"))["decay"] is None
     assert ssl_flags.task_kwargs(all_flags("--threshold 0.9"))["threshold"] == 0.9
+
+
+@pytest.mark.parametrize("warmup", ["", "--no-model-ema-warmup"])
+def test_every_method_has_the_same_warm_up(warmup):
+    """A comparison of methods must not be one of warm-ups: by default a teacher follows its student in a short run."""
+    model = timm.create_model("test_vim", num_classes=3)
+
+    def decays(method):
+        task = SemiSupervisedTask(model, 3, method=method)
+        ema = task.setup_ema(**ssl_flags.teacher_kwargs(all_flags(f"--ssl-method {method} {warmup}")))
+        return [ema.get_decay(step) for step in (2, 10, 100, 10**7)]
+
+    caps = [1 - (1 + step) ** (-2 / 3) for step in (2, 10, 100)]
+    wanted = [0.9998] * 4 if warmup else [*caps, 0.9998]
+    for method in METHODS:
+        assert decays(method) == wanted

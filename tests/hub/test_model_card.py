@@ -8,7 +8,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from semivim.hub.model_card import model_card, public_args, public_config, public_license, read_run
+from tests.hub.test_markdown import ACTIVE, html_tags
 from tests.run_folder import write_run
+
+_SPLIT = {"num_labelled": 5, "num_unlabelled": 5, "labels_per_class": [1] * 5}
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +60,15 @@ def test_metrics_of_teacher_and_student(card: str) -> None:
     assert "| metric | published | teacher, last epoch | student, last epoch |" in card
     assert "| top-1 (%) | 63.00 | 61.50 | 55.75 |" in card
     assert "| balanced accuracy (%) | - | 58.25 | 58.25 |" in card
-    assert "best epoch, 1 of 0 to 2" in card
+    assert "The weights are those of the student at epoch 1 of 0 to 2, the best of student and teacher" in card
+    assert "on the validation split by top-1 (%)." in card
+    assert '"published" is the student at epoch 1.' in card
 
 
 def test_recall_of_each_class_with_its_labels(card: str) -> None:
     assert "| 0 | ant | 8 | 90.00 | 90.00 |" in card
     # a name may hold the table's own sign; a class without validation images has no recall
-    assert "| 1 | bee \\| wasp | 5 | 80.00 | 80.00 |" in card
+    assert "| 1 | bee &#124; wasp | 5 | 80.00 | 80.00 |" in card
     assert "| 2 | cat | 3 | - | - |" in card
 
 
@@ -119,6 +124,45 @@ def test_license_is_the_one_given_or_that_of_the_weights_the_run_began_with(tmp_
         assert public_config(run, license_id)["pretrained_cfg"].get("license") == wanted
 
 
+def test_unlabelled_images_that_taught_nothing_are_told(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics["pseudo_labels"] = {"seen": 9, "kept": 0, "fault": "no unlabelled image was kept"}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    card = model_card(read_run(tmp_path), "org/ants", "", "1.2.3", None)
+    assert "20 labelled images and 300 unlabelled ones (but no unlabelled image was kept)." in card
+
+
+def test_a_license_that_is_none_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["license"] = "[free](http://evil)"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "args.yaml").write_text("pretrained: true")
+    with pytest.raises(ValueError, match=r"config.json: license \(give --license\): wanted an identifier.*got '\[free"):
+        public_license(read_run(tmp_path), None)
+    assert public_license(read_run(tmp_path), "mit") == "mit"
+
+
+@pytest.mark.parametrize("evil", ACTIVE, ids=ascii)
+def test_foreign_text_does_nothing_in_the_card(evil: str, tmp_path: Path) -> None:
+    """Whatever a field may hold, the page has the tags that it has with a harmless word there, and the head is read."""
+
+    def tags(text: str) -> set[str]:
+        write_run(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["label_names"][2] = config["architecture"] = text
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        flags = {"dataset": text, "opt": text, "seed": [text], "eval_metric": text, "ssl_method": text}
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump(flags))
+        card = model_card(read_run(tmp_path), "org/ants", "v1", "1.2.3", "mit")
+        data = ModelCard(card).data
+        assert (data.model_name, data.license) == ("ants", "mit")
+        return set(html_tags(card.split("\n---\n", 1)[1]))
+
+    assert tags(evil) == tags("harmless")
+
+
 def test_missing_files_are_listed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run_dir: wanted a finished run.* lacks model.safetensors, config"):
         read_run(tmp_path)
@@ -131,11 +175,15 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
         ("metrics.json", "[]", "wanted a mapping, got list"),
         ("metrics.json", {"teacher": None}, "metrics.json: wanted a mapping teacher, got NoneType"),
         ("metrics.json", {"best": {}}, "metrics.json: best lacks epoch"),
+        ("metrics.json", {"best": {"epoch": 1, "model": "x"}}, "wanted teacher or student as best.model, got 'x'"),
         ("metrics.json", {"split": {"sha256": ""}}, "split lacks num_labelled, num_unlabelled, labels_per_class"),
         ("metrics.json", {"student": {"per_class_recall": [1.0]}}, "wanted a list of 5 .* student.per_class_recall"),
         ("metrics.json", {"best": {"epoch": 1, "top1": [1]}}, r"wanted a number as best.top1, got \[1\]"),
         ("metrics.json", {"teacher": {"per_class_recall": ["a"] * 5}}, "wanted a list of 5 numbers"),
+        ("metrics.json", {"split": {"sha256": "x", **_SPLIT}}, "split.sha256 is 'x', wanted"),
+        ("metrics.json", {"best": {"epoch": "[x](y)"}}, r"best.epoch is '\[x\]\(y\)', wanted"),
         ("args.yaml", "a: [", "args.yaml: while parsing"),
+        ("args.yaml", '"x\\n```": 1', r"args.yaml: wanted names of flags, got 'x\\n```'"),
         ("config.json", "{}", "lacks architecture"),
         ("config.json", '{"architecture": "test_vim"}', "lacks num_classes"),
         ("config.json", {"num_classes": 4}, "config.json: wanted 4 label_names, got .'ant'"),

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from semivim.hub.model_folder import load_folder, read_config, read_mapping, short
+from semivim.hub.model_folder import load_folder, read_config, read_mapping
 from tests.run_folder import write_run
 
 
@@ -36,7 +36,11 @@ def test_the_model_has_the_folders_weights_in_eval_mode(folder: Path) -> None:
         ("config.json", "[1]", "config.json: wanted a mapping, got list"),
         ("config.json", "{}", "config.json lacks architecture"),
         ("config.json", {"architecture": 3}, "architecture is 3, wanted str"),
-        ("config.json", {"architecture": "test_vmi"}, "architecture 'test_vmi' is unknown to timm"),
+        (
+            "config.json",
+            {"architecture": "test_vmi"},
+            "'test_vmi' is unknown to timm; did you mean .*test_vim",
+        ),
         ("config.json", {"label_names": 7}, "label_names is 7, wanted list or dict"),
         ("config.json", {"label_descriptions": ["x"] * 99}, "..., wanted dict"),
         ("config.json", {"pretrained_cfg": None}, "pretrained_cfg is None, wanted dict"),
@@ -44,7 +48,26 @@ def test_the_model_has_the_folders_weights_in_eval_mode(folder: Path) -> None:
         ("config.json", {"model_args": [1]}, r"config.json: model_args is \[1\], wanted dict"),
         ("config.json", {"model_args": {"colour": 1}}, "config.json: model_args do not suit test_vim: .*'colour'"),
         ("config.json", {"model_args": {"depth": "x"}}, "model_args do not suit test_vim: "),
-        ("config.json", {"architecture": "vim_tiny_patch16_224"}, "the weights do not load: Error"),
+        ("config.json", {"model_args": {"patch_size": 0}}, "model_args do not suit test_vim: "),
+        (
+            "config.json",
+            {"model_args": {"img_size": 100_000}},
+            "suit test_vim: the model is over .* with pos_embed",
+        ),
+        (
+            "config.json",
+            {"model_args": {"depth": 10**5}},
+            "suit test_vim: the model is over the limit of",
+        ),
+        ("config.json", {"model_args": {"depth": 10**9}}, r"model_args.depth is 1e\+09, wanted at most 131,072"),
+        ("config.json", {"num_classes": 10**12}, r"num_classes is 1e\+12, wanted at most"),
+        (
+            "config.json",
+            {"pretrained_cfg": {"input_size": [3, 10**5, 9]}},
+            "input_size is .*at most 8192",
+        ),
+        ("config.json", {"pretrained_cfg": {"mean": "x"}}, "pretrained_cfg: mean is 'x', wanted numbers in"),
+        ("config.json", {"architecture": "semivim_pico"}, "the weights do not load: Error"),
         ("model.safetensors", b"", "the weights do not load: .*header"),
         ("model.safetensors", b"\x00" * 5000, "the weights do not load: .*header"),
         ("model.safetensors", "cut", "the weights do not load: .*not fully covered"),
@@ -89,10 +112,6 @@ def test_a_mapping_in_yaml(tmp_path: Path, text: str | None, cause: str) -> None
     with pytest.raises(ValueError, match=cause) as caught:
         read_mapping(path, yaml.safe_load, "run")
     assert "\n" not in str(caught.value)
-
-
-def test_a_long_value_is_cut_short() -> None:
-    assert short([1, 2]) == "[1, 2]" and len(short("x" * 100)) == 60
 
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])

@@ -21,9 +21,9 @@ from semivim.runs import checkpoint
 from semivim.runs.checkpoint import (
     RUN_LAYOUT,
     AtomicCheckpointSaver,
+    better_model,
     load_schedule_state,
     load_training_checkpoint,
-    restore,
     save_model,
     schedule_state,
 )
@@ -66,6 +66,15 @@ def test_best_model_is_exported_before_its_checkpoint_and_kept_through_a_resume(
     again.save_epoch(4, {"acc": 2.5}, "acc")
     assert len(exported) == 2
     assert again.read_best(5, {"acc": 0.0}) == {"epoch": 2, "acc": 3.0}
+
+
+def test_better_model_is_named_with_its_metrics():
+    teacher, student = {"top1": 60.0, "few": 9.0}, {"top1": 61.0, "few": 8.0}
+    candidates = {"teacher": teacher, "student": student}
+    assert better_model(candidates, "top1") == {"model": "student", **student}
+    assert better_model(candidates, "few") == {"model": "teacher", **teacher}
+    assert better_model({"teacher": teacher, "student": teacher}, "top1")["model"] == "teacher"
+    assert better_model({"teacher": {}, "student": {}}, "top1") == {}
 
 
 def test_run_without_an_evaluated_epoch_exports_its_last_model(tmp_path):
@@ -198,6 +207,34 @@ def test_recovery_files_go_from_the_oldest_on(tmp_path, monkeypatch):
     assert removed == [f"recovery-0-{update}.pth.tar" for update in (2, 9, 10, 11)]
 
 
+def test_epoch_that_is_done_again_stands_in_the_history_once(tmp_path):
+    """Resumed from the middle of an epoch whose end was saved before a kill."""
+    saver = make_saver(tmp_path)
+    saver.save_recovery(0, 3)
+    middle = load_training_checkpoint(tmp_path / "recovery-0-3.pth.tar")["saver"]
+    saver.save_checkpoint(0, 1.0)
+    again = make_saver(tmp_path)
+    again.load_state_dict(middle)
+    again.save_checkpoint(0, 1.0)
+    again.save_checkpoint(1, 1.0)
+    assert [(Path(file).name, metric) for file, metric in again.checkpoint_files] == [
+        ("checkpoint-0.pth.tar", 1.0),
+        ("checkpoint-1.pth.tar", 1.0),
+    ]
+    assert (tmp_path / "checkpoint-0.pth.tar").exists()
+    assert not list(tmp_path.glob("*.link"))
+
+
+def test_epoch_that_is_done_again_and_worse_than_the_history_leaves_it(tmp_path):
+    saver = make_saver(tmp_path)
+    for epoch, metric in enumerate((3.0, 2.0)):
+        saver.save_checkpoint(epoch, metric)
+    saver.save_checkpoint(1, 1.0)
+    assert [metric for _, metric in saver.checkpoint_files] == [3.0, 1.0]
+    saver.save_checkpoint(2, 0.5)
+    assert not (tmp_path / "checkpoint-2.pth.tar").exists()
+
+
 def test_last_and_best_exist_at_every_moment(tmp_path, monkeypatch):
     """Every file operation of a save is followed by a look at what a kill at that moment would leave."""
     saver = make_saver(tmp_path)
@@ -255,11 +292,6 @@ def test_saved_model_is_what_timm_loads(tmp_path):
     image = torch.randn(1, *model.pretrained_cfg["input_size"])
     assert torch.equal(model(image), loaded(image))
     assert loaded.pretrained_cfg["label_names"] == ["a", "b", "c"]
-
-
-def test_another_models_checkpoint_is_named():
-    with pytest.raises(UserError, match=r"^--resume a\.pth: not a checkpoint of this run: KeyError 'state_dict'$"):
-        restore({}, "a.pth", SimpleNamespace(load_checkpoint_state=None), None, None, None)
 
 
 def plateau():

@@ -13,6 +13,8 @@ def test_updates_add_up_in_the_interval_and_in_the_epoch():
     assert progress.num_updates == 3
     assert progress.interval == {"loss": 4.0, "kept": 3.0}
     assert progress.epoch == {"loss": 7.0, "kept": 3.0}
+    progress.epoch = {}
+    assert progress.run == {"loss": 7.0, "kept": 3.0}
 
 
 def test_state_goes_through_a_file(tmp_path):

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from semivim.runs.run_folder import (
     check_unchanged,
@@ -180,3 +181,8 @@ def test_what_args_yaml_writes_another_way_is_no_change():
     check_unchanged(saved, RUN | given, FIXED)
     with pytest.raises(UserError, match="--lists is other.txt, but labels.txt"):
         check_unchanged(saved, saved | {"lists": "other.txt"}, FIXED)
+
+
+def test_a_foreign_value_that_no_flag_has_is_named():
+    with pytest.raises(UserError, match=r"^--lr is tensor\(\[1\.\]\) in the run to resume, no value of a flag"):
+        check_unchanged({"lr": torch.ones(1)}, {"lr": 0.1}, {"lr": "--lr"})

@@ -1,8 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
 from semivim.task.semi_supervised import SemiSupervisedTask
-from semivim.task.ssl_figures import batch_figures, interval_means, teacher_figures
+from semivim.task.ssl_figures import batch_figures, interval_means, pseudo_label_summary, teacher_figures
 
 
 def make(method):
@@ -22,8 +23,10 @@ def test_unknown_labels_do_not_count_as_wrong():
         "loss_labelled": torch.tensor(1.0),
         "keep": torch.tensor([True, True, False, True]),
         "pseudo": torch.tensor([1, 2, 0, 0]),
+        "output": torch.zeros(2, 3),
     }
     figures = batch_figures(result, torch.tensor([1, 0, 0, -1]))
+    assert figures.pop("kept_classes").tolist() == [1, 1, 1]
     assert {k: v.item() for k, v in figures.items()} == {
         "loss_labelled": 1, "unlabelled": 4, "kept": 3, "known": 2, "right": 1,
     }  # fmt: skip
@@ -47,6 +50,26 @@ def test_interval_without_known_classes_or_without_unlabelled_images_has_no_such
     supervised = batch_figures(make("supervised")(torch.zeros(1, 1, 2, 2), torch.tensor([0])), None)
     assert list(interval_means(supervised | {"batches": torch.tensor(1.0)})) == ["loss_labelled"]
     assert interval_means({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("keep", "pseudo", "fault"),
+    [
+        ([0, 0, 0, 0], [1, 1, 1, 1], "no unlabelled image was kept, as no confidence exceeded --threshold"),
+        ([1, 1, 1, 1], [2, 2, 2, 2], "every unlabelled image that was kept has the pseudo-label 'elk'"),
+        ([1, 1, 0, 0], [2, 2, 1, 1], "has the pseudo-label 'elk'"),
+        ([1, 0, 0, 0], [2, 1, 1, 1], None),  # few are kept: it is early
+        ([1, 1, 1, 1], [2, 2, 2, 1], None),
+    ],
+)
+def test_unlabelled_images_that_taught_nothing_are_told(keep, pseudo, fault):
+    result = {"keep": torch.tensor(keep, dtype=torch.bool), "pseudo": torch.tensor(pseudo), "output": torch.zeros(1, 3)}
+    figures = batch_figures(result, torch.full((4,), -1))
+    summary = pseudo_label_summary({name: 3 * value for name, value in figures.items()}, ["ant", "bee", "elk"])
+    assert (summary["seen"], summary["kept"]) == (12, 3 * sum(keep))
+    assert fault in summary["fault"] if fault else summary["fault"] is None
+    assert "class 2" in (pseudo_label_summary(figures, None)["fault"] or "class 2") or not sum(keep)
+    assert pseudo_label_summary({}, None) == {}
 
 
 def test_teacher_figures_are_those_of_its_last_update():

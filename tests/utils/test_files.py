@@ -1,11 +1,14 @@
 import os
 import pickle
 from argparse import Namespace
+from itertools import pairwise
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import save_file
 
-from semivim.utils.files import atomic_path, load_untrusted, write_text
+from semivim.utils.files import atomic_path, load_untrusted, load_yaml, weights_shapes, write_text
 
 
 def test_write_replaces_the_whole_file_or_nothing(tmp_path):
@@ -58,3 +61,42 @@ def test_missing_files_and_folders_are_named_and_a_namespace_is_read(tmp_path):
         load_untrusted(tmp_path)
     torch.save({"args": Namespace(lr=0.1)}, tmp_path / "f.pth")
     assert load_untrusted(str(tmp_path / "f.pth"))["args"].lr == 0.1
+
+
+def test_yaml_that_stands_for_billions_is_refused():
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    for old, new in pairwise("abcdefghij"):
+        bomb += f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for text in (bomb, "a: &a [*a]", "[" * 100_000, "a: 2026-13-01", "a: ["):
+        with pytest.raises(yaml.YAMLError):
+            load_yaml(text)
+    assert load_yaml("a: &a [1, 2]\nb: *a") == {"a": [1, 2], "b": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(1).expand(10**6, 10**6),
+        lambda: torch.zeros(1, 10).to_sparse(),
+        lambda: torch.zeros(10**12, device="meta"),
+    ],
+    ids=["expanded", "sparse", "meta"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_tensors_without_a_value_for_each_number_are_refused(make, tmp_path):
+    """The first operation on one would take terabytes."""
+    torch.save({"model": {"pos_embed": [make()]}}, tmp_path / "f.pth")
+    with pytest.raises(ValueError, match=r"f\.pth holds a tensor of shape \(\d+.* without a value for each number in"):
+        load_untrusted(tmp_path / "f.pth")
+
+
+def test_containers_that_hold_themselves_are_read(tmp_path):
+    loop = {"a": torch.zeros(2).t()}
+    loop["loop"] = [loop]
+    torch.save(loop, tmp_path / "f.pth")
+    assert load_untrusted(tmp_path / "f.pth")["a"].shape == (2,)
+
+
+def test_shapes_come_from_the_header(tmp_path):
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(())}, tmp_path / "w.safetensors")
+    assert sorted(weights_shapes(tmp_path / "w.safetensors")) == [(), (2, 3)]

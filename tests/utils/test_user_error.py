@@ -2,7 +2,7 @@ import errno
 
 import pytest
 
-from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program, user_line
+from semivim.utils.user_error import UserError, one_line, short, user_errors_end_the_program, user_line
 
 
 def end(error, capsys, debug=False):
@@ -54,3 +54,12 @@ def test_full_disk_is_one_line_and_other_errors_of_files_stay(capsys):
     assert capsys.readouterr().err == "prog: error: run/summary.csv: the disk is full\n"
     with pytest.raises(PermissionError), user_errors_end_the_program("prog"):
         raise PermissionError(errno.EACCES, "Permission denied", "a")
+
+
+def test_a_long_value_is_cut_short():
+    assert short([1, 2]) == "[1, 2]"
+    assert len(short("x" * 100)) == 60
+    bomb = ["x"] * 9
+    for _ in range(40):
+        bomb = [bomb] * 9  # 9 ** 41 items if they were written out
+    assert len(short(bomb)) <= 60
