@@ -17,7 +17,6 @@ import os
 import time
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 # OpenMP reads this when torch is loaded. Threads that spin while they wait waste a core that other work could use.
@@ -31,25 +30,14 @@ from timm.utils import is_primary, random_seed, setup_default_logging
 import semivim  # noqa: F401  registers the models
 from semivim.data import (
     Batch,
-    ImageSource,
-    LabelSplit,
-    check_sources,
-    complete_split,
     describe_duplicates,
-    join_sources,
-    load_split,
-    make_split,
-    open_source,
-    open_unlabelled_folder,
     save_split,
-    split_from_lists,
 )
 from semivim.flags.data_flags import (
     add_augmentation_flags,
     add_dataset_flags,
     mixes,
     mixup_kwargs,
-    source_kwargs,
 )
 from semivim.flags.imbalance_flags import add_imbalance_flags, rule_kwargs
 from semivim.flags.loaders import create_loaders
@@ -62,12 +50,11 @@ from semivim.flags.model_flags import (
     mixed_precision,
     open_device,
 )
+from semivim.flags.open_data import open_data
 from semivim.flags.parser import Parser, flag, parse_flags
 from semivim.flags.ssl_flags import (
     SPLIT_FLAGS,
     add_semi_supervised_flags,
-    complete_split_kwargs,
-    make_split_kwargs,
     ssmixup_kwargs,
     task_kwargs,
     teacher_kwargs,
@@ -83,7 +70,7 @@ from semivim.flags.train_flags import (
 from semivim.runs.checkpoint import better_model, save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
-from semivim.runs.progress import Progress, sum_over_ranks
+from semivim.runs.progress import Progress, mean_over_ranks, sum_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
 from semivim.task.posthoc import debiased_copies, start_adjusted
@@ -108,10 +95,10 @@ FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio", "img_siz
 }
 FIXED_OPTIMIZER = {name: flag(name) for name in OPTIMIZER_OPTIONS}
 TRAIN_COLUMNS = ("loss_labelled", "loss_unlabelled", "kept_share", "alpha")
+WHO = ("student", "teacher")
 EVAL_COLUMNS = ("student_top1", "top1", "top5", "balanced_acc", "worst_class_recall")
 PANELS = (
     Panel("loss", ("loss_labelled", "loss_unlabelled")),
-    Panel("top-1 (%)", ("student_top1", "teacher_top1")),
     Panel("pseudo-labels", ("kept_share", "pseudo_accuracy")),
     Panel("alpha", ("alpha",)),
     Panel("V and guard rate", ("v", "guard_rate"), "symlog"),
@@ -154,7 +141,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not (args.dataset or args.data_dir):
         against = {  # demo values that make way for what is given
             "labels_per_class": args.label_fraction or args.imb_n1 or args.labeled_list,
-            "pseudo_mixup": args.ssl_method == "supervised",
             "lr": args.lr_base != parser.get_default("lr_base"),
             "sched_on_updates": args.sched == "plateau",
         }
@@ -162,28 +148,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parse_flags(parser, argv, {key: DEMO[key] for key in DEMO if not against.get(key)})
     parser.check(args)
     return args
-
-
-def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[ImageSource, ImageSource, LabelSplit]:
-    """Open training and validation images and draw the label split, or read back the one of a resumed run."""
-    opened = partial(open_source, num_classes=args.num_classes, **source_kwargs(args))
-    source, val_source = opened(split=args.train_split), opened(split=args.val_split)
-    num_classes = args.num_classes or source.num_classes
-    check_sources(source, val_source, args.val_split, num_classes)
-    listed, known = source, len(source)
-    if args.unlabeled_dir:
-        unlabelled_source = open_unlabelled_folder(args.unlabeled_dir)
-        check_sources(unlabelled_source, val_source, args.val_split, num_classes)
-        source = join_sources(source, unlabelled_source)
-    if split_folder:
-        return source, val_source, load_split(split_folder, source.labels, num_classes, source.names)
-    if args.labeled_list:  # lists name images of the dataset, so they are read before others join it
-        options = complete_split_kwargs(args)
-        split = split_from_lists(listed, num_classes, args.labeled_list, args.unlabeled_list, args.data_dir, **options)
-        labels = np.concatenate([split.labels, source.labels[known:]])
-        unlabelled = np.concatenate([split.unlabelled, np.arange(known, len(source))])
-        return source, val_source, complete_split(labels, num_classes, split.labelled, unlabelled, **options)
-    return source, val_source, make_split(source.labels, num_classes, **make_split_kwargs(args))
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -313,6 +277,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     elif progress.num_epochs:  # plateau would take epoch 0 for warm-up
         scheduler.step(progress.num_epochs)
     measured, better = dict[str, dict[str, Any]](), dict[str, Any]()
+    shown_metrics = dict.fromkeys(("top1", args.eval_metric))
     for epoch in range(progress.num_epochs, epochs):
         task.train()
         if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
@@ -331,7 +296,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 scheduler.step_update(progress.num_updates)
             log.step((1 + ratio) * per_update)
             if progress.num_updates % args.log_interval == 0:
-                log.record({"lr": mean_lr(optimizer), **means(progress.interval), **task_figures(task)})
+                log.record(
+                    {"lr": mean_lr(optimizer), **means(mean_over_ranks(progress.interval)), **task_figures(task)}
+                )
                 progress.interval = {}
             if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
                 progress.unreadable = sum_over_ranks(loader.unreadable)
@@ -345,10 +312,10 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
             measured, better = measure()
-            top1 = {f"{name}_top1": metrics["top1"] for name, metrics in measured.items()}
-            log.record({"epoch": epoch, **top1, "pseudo_labels": pseudo_label_figures(progress.epoch)})
+            shown = {f"{who}_{name}": metrics[name] for name in shown_metrics for who, metrics in measured.items()}
+            log.record({"epoch": epoch, **shown, "pseudo_labels": pseudo_label_figures(progress.epoch)})
         log.say_once(pseudo_label_summary(progress.epoch, source.class_names).get("fault"))
-        epoch_means = means(progress.epoch) | task_figures(task)
+        epoch_means = means(mean_over_ranks(progress.epoch)) | task_figures(task)
         student, teacher = measured.get("student", {}), measured.get("teacher", {})
         scheduler.step(epoch + 1, better.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
@@ -374,7 +341,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         "seconds": time.perf_counter() - log.start_s,
     }
     if run.saver:
-        write_report(found.folder, results, log.records, PANELS, f"{title}, {len(split.labelled)} labels")
+        shown_panel = Panel(f"{args.eval_metric} (%)", [f"{who}_{args.eval_metric}" for who in measured])
+        panels = (PANELS[0], shown_panel, *PANELS[1:])
+        write_report(found.folder, results, log.records, panels, f"{title}, {len(split.labelled)} labels")
         log.say(results_table(measured, results["pseudo_labels"]))
         best = results["best"]
         last = ", ".join(f"{name} {metrics[args.eval_metric]:.2f}" for name, metrics in measured.items())

@@ -1,5 +1,8 @@
 """The command `semivim`: convert published weights, label images, publish a training run."""
 
+import csv
+import io
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +16,8 @@ from semivim.hub.model_folder import pixel_rules as model_rules
 from semivim.inference import find_images, load_model, predict
 from semivim.utils.terminal import escape, escape_lines
 from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program
+
+Labelled = tuple[str, list[tuple[str, float]]]  # an image's path, and its labels with their probabilities
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,12 +94,13 @@ def _publish(args: Namespace) -> Iterator[str]:
 
 def _add_predict(parser: Parser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or folder of images")
-    parser.add_argument("--model", required=True, metavar="NAME", help="timm name, hf-hub:ORG/NAME, local-dir:RUN_DIR")
+    parser.add_argument("--model", required=True, metavar="NAME", help="run folder, timm name or hf-hub:ORG/NAME")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="the pretrained weights of a timm name")
     weights.add_argument("--checkpoint", metavar="FILE", help="weights for a timm name, or a training checkpoint")
     parser.add_argument("--num-classes", type=COUNT, help="number of classes of --checkpoint")
-    parser.add_argument("--topk", type=COUNT, default=5, help="labels to print")
+    parser.add_argument("--topk", type=COUNT, default=None, help="labels to print, else 5 or all of fewer")
+    parser.add_argument("--format", default="text", choices=list(_FORMATS), help="of what is printed")
     pixel_flags(parser, background=None, otherwise=", else as in the model's training")
     parser.set_defaults(run=_predict)
 
@@ -103,17 +109,47 @@ def _predict(args: Namespace) -> Iterator[str]:
     """Label all images that can be read, then fail if one could not."""
     model = load_model(args.model, args.pretrained, args.checkpoint, args.num_classes)
     paths, rules = find_images(args.images), pixel_rules(args, model_rules(model))
-    status = 0
-    for path in paths:
-        try:
-            labels = predict(model, path, args.topk, rules)
-        except UnreadableImageError as error:
-            sys.stderr.write(f"semivim: error: {escape(one_line(error))}\n")
-            status = 2
-            continue
-        if len(paths) > 1:
+    unread: list[str] = []
+
+    def labelled() -> Iterator[Labelled]:
+        for path in paths:
+            try:
+                yield path, predict(model, path, args.topk, rules)
+            except UnreadableImageError as error:
+                sys.stderr.write(f"semivim: error: {escape(one_line(error))}\n")
+                unread.append(path)
+
+    yield from _FORMATS[args.format](labelled(), len(paths))
+    if unread:
+        raise SystemExit(2)
+
+
+def _as_text(labelled: Iterator[Labelled], num_images: int) -> Iterator[str]:
+    for path, labels in labelled:
+        if num_images > 1:
             yield f"{escape(path)}:"
         for label, share in labels:
             yield f"{100 * share:6.2f} %  {escape(label)}"
-    if status:
-        raise SystemExit(status)
+
+
+def _as_csv(labelled: Iterator[Labelled], _: int) -> Iterator[str]:
+    """A row for each label of an image, the most probable first."""
+    yield "image,rank,label,probability"
+    for path, labels in labelled:
+        for rank, (label, share) in enumerate(labels, start=1):
+            row = io.StringIO()
+            csv.writer(row, lineterminator="").writerow([escape(path), rank, escape(label), f"{share:.6g}"])
+            yield row.getvalue()
+
+
+def _as_json(labelled: Iterator[Labelled], _: int) -> Iterator[str]:
+    """A list with an object for each image, which is printed as soon as it is labelled."""
+    before = "["
+    for path, labels in labelled:
+        shares = [{"label": label, "probability": round(share, 9)} for label, share in labels]
+        yield f"{before}{json.dumps({'image': path, 'labels': shares})}"
+        before = ","
+    yield "]" if before == "," else "[]"
+
+
+_FORMATS = {"text": _as_text, "csv": _as_csv, "json": _as_json}

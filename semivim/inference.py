@@ -33,7 +33,8 @@ def load_model(
     """Create a model with weights, in eval mode on the CPU.
 
     Args:
-        name: ``hf-hub:org/name[@revision]``, ``local-dir:FOLDER`` (as a training run leaves it), or a timm model name.
+        name: ``hf-hub:org/name[@revision]``, a folder as a training run leaves it, with ``local-dir:`` before it or
+            without, or a timm model name.
         pretrained: Load the pretrained weights of a timm model name.
         checkpoint: Load this file into a timm model name; of a training checkpoint the teacher's weights.
         num_classes: Number of classes of ``checkpoint``; the model's own if None.
@@ -42,19 +43,21 @@ def load_model(
         UserError: If the name is unknown, has no weights, or the checkpoint does not fit.
         HubError: If the weights cannot be had from the Hub.
     """
+    if not timm.is_model(name) and os.path.isdir(name):
+        name = f"{FOLDER}{name}"
     if name.startswith((HUB, FOLDER)):
         if checkpoint or pretrained or num_classes:
-            raise UserError(f"model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
-        return load_folder(cast(Path, find_folder(name)), f"model: {name}")
+            raise UserError(f"--model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
+        return load_folder(cast(Path, find_folder(name)), f"--model {name}")
     if not timm.is_model(name):
         hint = did_you_mean_model(name)
-        raise UserError(f"model: wanted a timm model, {HUB}org/name or {FOLDER}FOLDER, got {name!r}{hint}")
+        raise UserError(f"--model: wanted a timm model, {HUB}org/name or a run folder, got {name!r}{hint}")
     if pretrained == bool(checkpoint):
-        raise UserError(f"model: {name} needs weights, wanted either pretrained or a checkpoint")
+        raise UserError(f"--model: {name} needs weights, wanted either pretrained or a checkpoint")
     if checkpoint:
         return _load_checkpoint(name, checkpoint, num_classes)
     if num_classes:
-        raise UserError(f"num_classes: {num_classes} goes with a checkpoint, wanted none with pretrained weights")
+        raise UserError(f"--num-classes: {num_classes} goes with a checkpoint, wanted none with pretrained weights")
     return _load_pretrained(name)
 
 
@@ -80,7 +83,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
 def predict(
     model: nn.Module,
     image_path: str | Path,
-    topk: int = 5,
+    topk: int | None = None,
     rules: PixelRules | None = None,
 ) -> list[tuple[str, float]]:
     """Most probable classes of an image file, read and prepared by the code that evaluates a training run.
@@ -90,7 +93,7 @@ def predict(
     Args:
         model: A timm model in eval mode.
         image_path: Any image file that Pillow reads.
-        topk: Number of classes to return, at most the model's.
+        topk: Number of classes to return, at most the model's; 5, or all of fewer, if None.
         rules: How pixels become 8 bits; None as in the model's training, where its folder says it.
 
     Returns:
@@ -102,17 +105,18 @@ def predict(
     """
     names = _class_names(model)
     if not names:
-        raise UserError("model: it has 0 classes, wanted a classifier")
+        raise UserError("--model: it has 0 classes, wanted a classifier")
+    topk = min(5, len(names)) if topk is None else topk
     if not 1 <= topk <= len(names):
-        raise UserError(f"topk: wanted 1 to {len(names)}, got {topk}")
+        raise UserError(f"--topk: wanted 1 to {len(names)}, got {topk}")
     rules = pixel_rules(model) if rules is None else rules
     source = ImageSource(lambda _: _open_image(image_path), [-1], names=[str(image_path)], rules=rules)
-    view = View(**resolve_preprocessing(model, "model"), is_training=False)
+    view = View(**resolve_preprocessing(model, "--model"), is_training=False)
     images = view.load(view([source.image(0)], [0]), torch.device("cpu"))
     with torch.inference_mode():
         logits = model(images)[0].float()
     if not logits.isfinite().all():
-        raise UserError(f"model: its logits of {image_path} are not finite")
+        raise UserError(f"--model: its logits of {image_path} are not finite")
     confidence, index = logits.softmax(-1).topk(topk)
     return [(names[i], c) for i, c in zip(index.tolist(), confidence.tolist(), strict=True)]
 
@@ -126,24 +130,24 @@ def _open_image(path: str | Path) -> Image.Image:
 def _load_checkpoint(name: str, checkpoint: str, num_classes: int | None) -> nn.Module:
     state = load_weights(checkpoint)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    check_options(name, options, f"num_classes: {num_classes} does not suit {name}")
+    check_options(name, options, f"--num-classes: {num_classes} does not suit {name}")
     model = timm.create_model(name, **options)
     entry = next((entry for entry in _ENTRIES if state.get(entry) is not None), None)
     try:
         weights = named_tensors(state[entry], entry) if entry else named_tensors(state, "state dict")
         model.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
+        raise UserError(f"--checkpoint: {checkpoint} does not load into {name}: {one_line(error)}") from error
     return model.eval()
 
 
 def _load_pretrained(name: str) -> nn.Module:
-    check_name(name, f"model: {name}")
+    check_name(name, f"--model: {name}")
     config = get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         known = timm.list_models(f"{split_model_name_tag(name)[0].split('_')[0]}*", pretrained=True)
         hint = f"; with weights: {', '.join(known[:5])}" if known else ""
-        raise UserError(f"model: no pretrained weights exist for {name}{hint}")
+        raise UserError(f"--model: no pretrained weights exist for {name}{hint}")
     repo_id, _, revision = (config.hf_hub_id or "").partition("@")
     if repo_id:
         # timm finds the file in the cache, where its checksum has been verified

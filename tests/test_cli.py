@@ -1,6 +1,10 @@
 """`semivim publish` and `semivim predict`, as typed."""
 
+import csv
+import io
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +116,49 @@ def test_predict_labels_what_it_can_read_and_fails_at_the_end(
     assert capsys.readouterr().err == ""
 
 
+def test_predict_takes_a_run_folder_and_prints_tables(
+    tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("a, b.png", "c.png"):
+        Image.new("RGB", (40, 30), "teal").save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    argv = ["predict", *(str(tmp_path / name) for name in ("a, b.png", "broken.png", "c.png")), "--model", str(run_dir)]
+
+    def printed(form: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*argv, "--format", form])
+        captured = capsys.readouterr()
+        assert captured.err.startswith("semivim: error: ") and "broken.png" in captured.err
+        return captured.out
+
+    rows = list(csv.DictReader(printed("csv").splitlines()))
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4", "5"] * 2
+    assert {row["label"] for row in rows} == set(CLASSES)
+    assert rows[0]["image"] == str(tmp_path / "a, b.png")
+    assert sum(float(row["probability"]) for row in rows) == pytest.approx(2)
+    first, second = json.loads(printed("json"))
+    assert (first["image"], second["image"]) == (str(tmp_path / "a, b.png"), str(tmp_path / "c.png"))
+    assert [label["label"] for label in first["labels"]] == [row["label"] for row in rows[:5]]
+    with pytest.raises(SystemExit):
+        main([*argv[:2], str(tmp_path / "broken.png"), *argv[4:], "--format", "json"])
+    assert len(json.loads(capsys.readouterr().out)) == 1
+
+
+def test_predict_prints_to_an_ascii_terminal(tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"] = ["Käfer", "猫", *CLASSES[2:]]
+    (folder / "config.json").write_text(json.dumps(config))
+    for encoding, cat in (("ascii", rb"\u732b"), ("cp1252", rb"\u732b"), ("utf-8", "猫".encode())):
+        written = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+            main(["predict", str(run_dir / "photo.png"), "--model", str(folder)])
+            sys.stdout.flush()
+            assert cat in written.getvalue()
+
+
 def test_dry_run_prints_files_and_card(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
     main(["publish", str(run_dir), "--repo", "org/name", "--dry-run"])
     out = capsys.readouterr().out
@@ -131,12 +178,12 @@ def test_dry_run_prints_files_and_card(run_dir: Path, capsys: pytest.CaptureFixt
         (["publish", "RUN", "--repo", "alone"], "repo_id: wanted org/name, got 'alone'"),
         (["publish", "RUN", "--repo", "org/name", "--dry-run", "--privte"], "unrecognized arguments: --privte"),
         (["predict", "/no/such.png", "--model", "local-dir:RUN"], "/no/such.png is unreadable: "),
-        (["predict", "RUN/no/such", "RUN", "--model", "local-dir:RUN", "--topk", "9"], "topk: wanted 1 to 5, got 9"),
+        (["predict", "RUN/no/such", "RUN", "--model", "local-dir:RUN", "--topk", "9"], "--topk: wanted 1 to 5, got 9"),
         (["publish", "RUN", "--repo", "org/name", "--dry-run", "--tag", "bad tag~"], "got 'bad tag~'"),
         (["publish", "RUN", "--repo", "org/name", "--dry-run", "--license", "GPL 3"], "license: wanted an identifier"),
         (["predict", "RUN/photo.png", "--model", "test_vmi", "--pretrained"], "did you mean "),
         (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "0"], "0 is not a whole number >= 1"),
-        (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "9"], "topk: wanted 1 to 5, got 9"),
+        (["predict", "RUN/photo.png", "--model", "local-dir:RUN", "--topk", "9"], "--topk: wanted 1 to 5, got 9"),
         (["predict", "x", "--model", "y", "--pretrained", "--checkpoint", "z"], "not allowed with argument"),
     ],
 )

@@ -168,18 +168,25 @@ def test_unreadable_image(
         predict(model, path)
 
 
+def test_five_labels_or_all_of_fewer(photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    for num_classes, wanted in ((3, 3), (7, 5)):
+        found = predict(timm.create_model("test_vim", num_classes=num_classes).eval(), tmp_path / "photo.png")
+        assert len(found) == wanted
+
+
 @pytest.mark.parametrize("topk", [0, 6])
 def test_topk_out_of_range(model: torch.nn.Module, tmp_path: Path, topk: int) -> None:
-    with pytest.raises(ValueError, match=f"topk: wanted 1 to 5, got {topk}"):
+    with pytest.raises(ValueError, match=f"--topk: wanted 1 to 5, got {topk}"):
         predict(model, tmp_path / "photo.png", topk=topk)
 
 
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"interpolation": "sharp"}, "^model: interpolation is 'sharp', wanted a name such as bicubic"),
-        ({"mean": []}, r"^model: mean is \[\], wanted numbers in \[0, 1\], one for each channel"),
-        ({"crop_pct": 1e-3}, "^model: images would have a side of 32000 pixels"),
+        ({"interpolation": "sharp"}, "^--model: interpolation is 'sharp', wanted a name such as bicubic"),
+        ({"mean": []}, r"^--model: mean is \[\], wanted numbers in \[0, 1\], one for each channel"),
+        ({"crop_pct": 1e-3}, "^--model: images would have a side of 32000 pixels"),
         ({"num_classes": 0}, "it has 0 classes, wanted a classifier"),
     ],
 )
@@ -274,7 +281,7 @@ def test_a_bad_checkpoint_is_one_line(tmp_path: Path, name: str, content: object
     ("num_classes", "cause"),
     [
         (4, "does not load into test_vim: .*size mismatch for head"),
-        (10**30, "num_classes: 10+ does not suit test_vim: .*Overflow"),
+        (10**30, "--num-classes: 10+ does not suit test_vim: .*Overflow"),
     ],
 )
 def test_a_checkpoint_of_other_classes_is_one_line(run_dir: Path, num_classes: int, cause: str) -> None:
@@ -303,7 +310,7 @@ def test_damaged_weights_are_no_labels(photo: Image.Image, tmp_path: Path) -> No
         ("hf-hub:org/bad name", {}, "^hf-hub: wanted org/name, got 'org/bad name'"),
         ("hf-hub:org/name", {"pretrained": True}, "has its own weights"),
         ("local-dir:/no/such", {"num_classes": 3}, "has its own weights"),
-        ("vim_tiny_patch16_224", {"pretrained": True, "num_classes": 3}, "num_classes: 3 goes with a checkpoint"),
+        ("vim_tiny_patch16_224", {"pretrained": True, "num_classes": 3}, "--num-classes: 3 goes with a checkpoint"),
         ("local-dir:/no/such", {}, "local-dir:/no/such lacks config.json, model.safetensors"),
     ],
 )

@@ -16,11 +16,11 @@ LAYERS = {  # folder -> folders of semivim that it may import
     "layers": {"ops", "layers"},
     "models": {"layers", "models", "_timm"},
     "loss": {"loss"},
-    "data": {"data", "utils"},
+    "data": {"data", "utils", "hub"},
     "utils": {"utils"},
     "runs": {"utils", "runs"},
     "task": {"loss", "data", "utils", "runs", "task"},
-    "flags": {"data", "task", "utils", "flags", "hub", "runs"},
+    "flags": {"task", "data", "utils", "flags", "hub", "runs"},
     "hub": {"runs", "utils", "hub"},
 }
 OPTIONAL = {"numba": "_numba.py", "triton": "_triton.py", "mamba_ssm": "_cuda.py", "causal_conv1d": "_cuda.py"}

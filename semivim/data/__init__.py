@@ -2,16 +2,14 @@
 
 from semivim.data.duplicates import describe_duplicates
 from semivim.data.evaluation import EvaluationLoader, LabelledBatch, sample_images
-from semivim.data.label_split import LabelSplit, complete_split, load_split, make_split, save_split
-from semivim.data.list_files import ListedImages, read_list, split_from_lists
+from semivim.data.label_split import LabelSplit, complete_split, draw_validation, load_split, make_split, save_split
+from semivim.data.list_files import ListedImages, listed_classes, read_list, split_from_lists
+from semivim.data.source_parts import check_sources, join_sources, refuse_shared, select_images
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
-    check_sources,
-    join_sources,
     open_source,
     open_unlabelled_folder,
-    refuse_shared,
 )
 from semivim.data.ssmixup import (
     MixedBatch,
@@ -22,7 +20,7 @@ from semivim.data.ssmixup import (
     pair_retained,
 )
 from semivim.data.streams import Batch, ImageStream, StreamLoader
-from semivim.data.views import View
+from semivim.data.views import View, least_side
 
 __all__ = [
     "Batch",
@@ -39,7 +37,10 @@ __all__ = [
     "check_sources",
     "complete_split",
     "describe_duplicates",
+    "draw_validation",
     "join_sources",
+    "least_side",
+    "listed_classes",
     "load_split",
     "make_split",
     "mix_inputs",
@@ -53,5 +54,6 @@ __all__ = [
     "refuse_shared",
     "sample_images",
     "save_split",
+    "select_images",
     "split_from_lists",
 ]

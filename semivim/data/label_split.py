@@ -1,20 +1,23 @@
-"""Splits of a training set into labelled and unlabelled images: drawn from a seed or given, checked, kept as text.
+"""Splits of a training set into labelled, unlabelled and validation images: drawn or given, checked, kept as text.
 
 Classes are counted by the labels of the whole set; -1 marks an image without a known label, which can only be used as
 an unlabelled one.
 """
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from semivim.utils.files import write_text
 from semivim.utils.user_error import UserError, one_line
+
+_logger = logging.getLogger(__name__)
 
 UNKNOWN = -1  # label of an image whose class is not known
 
@@ -28,18 +31,23 @@ class LabelSplit:
         labelled: Positions of the images whose labels may be used, ascending, int64.
         unlabelled: Positions of the images used without their labels, ascending, int64.
         num_classes: Number of classes.
+        class_names: Names of the classes for messages; None where there are none.
+        validation: Positions of the images held out for evaluation, ascending, int64; none by default.
     """
 
     labels: np.ndarray
     labelled: np.ndarray
     unlabelled: np.ndarray
     num_classes: int
+    class_names: Sequence[str] | None = None
+    validation: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the labelled positions, their labels and the unlabelled positions."""
+        """SHA-256 of the labelled positions, their labels, the unlabelled positions and those held out, if any."""
         digest = hashlib.sha256(f"{len(self.labels)} {self.num_classes}\n".encode())
-        for part in (self.labelled, self.labels[self.labelled], self.unlabelled):
+        held_out = [self.validation, self.labels[self.validation]] if len(self.validation) else []
+        for part in (self.labelled, self.labels[self.labelled], self.unlabelled, *held_out):
             digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes() + b"\n")
         return digest.hexdigest()
 
@@ -71,15 +79,18 @@ class LabelSplit:
             f"used), {len(self.unlabelled):,} unlabelled, {self.num_classes} classes",
             f"labels per class: smallest {per_class.min()}, median {np.median(per_class):g}, largest {per_class.max()}",
         ]
+        if len(self.validation):
+            lines.insert(1, f"validation: {len(self.validation):,} images held out")
         if len(missing):
             lines.append(
-                f"classes without labels: {len(missing)} ({_listed(missing)}); "
+                f"classes without labels: {len(missing)} ({_listed(missing, self.class_names)}); "
                 f"balanced accuracy cannot exceed {self.ceiling:.1%}"
             )
         return "\n".join([*lines, f"sha256: {self.sha256}"])
 
 
-def make_split(
+# PLR0913: an argument for each flag of a split
+def make_split(  # noqa: PLR0913
     labels: Sequence[int] | np.ndarray,
     num_classes: int,
     *,
@@ -93,6 +104,8 @@ def make_split(
     seed: int = 42,
     fold: int = 0,
     include_labelled: bool = False,
+    validation: Sequence[int] | np.ndarray = (),
+    class_names: Sequence[str] | None = None,
 ) -> LabelSplit:
     """Draw the labelled images; the others become unlabelled.
 
@@ -103,7 +116,7 @@ def make_split(
         labels: Class of every image, ``(n,)``; -1 where unknown.
         num_classes: Number of classes.
         fraction: Share of every class to label, in (0, 1].
-        per_class: Images of every class to label.
+        per_class: Images of every class to label; all of a class that has fewer, which a line in the log names.
         imb_n1: Images of the first class to label; the others follow ``imb_factor_l``.
         imb_m1: Unlabelled images of the first class, beside ``imb_n1``; the others follow ``imb_factor_u``. All that is
             left if None.
@@ -113,6 +126,8 @@ def make_split(
         seed: Seed of the draw.
         fold: Number of the draw for that seed.
         include_labelled: Use the labelled images as unlabelled ones too.
+        validation: Positions of the images held out for evaluation, which are neither (see :func:`draw_validation`).
+        class_names: Names of the classes for messages.
 
     Raises:
         UserError: If an argument is out of range, images are lacking, or the split fails ``complete_split``.
@@ -128,23 +143,63 @@ def make_split(
     )
     _refuse_unread("imb_m1", imb_m1, imb_factor_u=(imb_factor_u, 1))
     if min_per_class < 0:
-        raise UserError(f"min_per_class must not be negative, got {min_per_class}")
+        raise UserError(f"--min-per-class must not be negative, got {min_per_class}")
     if fraction is None and min_per_class > 1:
-        raise UserError(f"min_per_class is {min_per_class}, which only fraction reads; with {chosen[0]} it is 0 or 1")
+        raise UserError(
+            f"--min-per-class is {min_per_class}, which only --label-fraction reads; with {_FLAGS[chosen[0]]} it is 0 "
+            "or 1"
+        )
     members = _shuffled_members(labels, num_classes, seed, fold)
+    members = [m[~np.isin(m, validation)] for m in members]
     sizes = np.array([len(m) for m in members])
     unlabelled = None
     if imb_n1 is not None:
-        counts = long_tail(num_classes, imb_n1, imb_factor_l, "imb_n1", "imb_factor_l")
+        counts = long_tail(num_classes, imb_n1, imb_factor_l, "--imb-n1", "--imb-factor-l")
         if imb_m1 is not None:
             rest = [m[n:] for m, n in zip(members, counts, strict=True)]
-            unlabelled = _take(rest, long_tail(num_classes, imb_m1, imb_factor_u, "imb_m1", "imb_factor_u"), "imb_m1")
+            unlabelled_counts = long_tail(num_classes, imb_m1, imb_factor_u, "--imb-m1", "--imb-factor-u")
+            unlabelled = _take(rest, unlabelled_counts, "--imb-m1", class_names)
     elif fraction is not None:
         counts = _fraction_counts(sizes, fraction, min_per_class)
     else:
-        counts = np.where(sizes > 0, per_class or 0, 0)  # num_classes may be more than the data set has
-    labelled = _take(members, counts, chosen[0])
-    return complete_split(labels, num_classes, labelled, unlabelled, min_per_class, include_labelled)
+        counts = _up_to(sizes, per_class or 0, class_names)
+    labelled = _take(members, counts, _FLAGS[chosen[0]], class_names)
+    return complete_split(
+        labels, num_classes, labelled, unlabelled, min_per_class, include_labelled, validation, class_names
+    )
+
+
+def draw_validation(
+    labels: np.ndarray, num_classes: int, fraction: float, *, seed: int = 42, fold: int = 0
+) -> np.ndarray:
+    """Draw a share of every class to hold out for evaluation: at least one image of a class, never all of it.
+
+    The draw is the end of the order that ``make_split`` labels from the start of.
+
+    Args:
+        labels: Class of every image, ``(n,)``; those of an unknown class, -1, are not held out.
+        num_classes: Number of classes.
+        fraction: Share of every class, in (0, 1).
+        seed: Seed of the draw.
+        fold: Number of the draw for that seed.
+
+    Returns:
+        Positions, int64.
+
+    Raises:
+        UserError: If the share is out of range, or no class has two images.
+    """
+    check_labels(labels, num_classes)
+    if not 0 < fraction < 1:
+        raise UserError(f"--val-fraction must be in (0, 1), got {fraction}")
+    drawn = []
+    for members in _shuffled_members(labels, num_classes, seed, fold):
+        size = len(members)
+        count = max(min(max(int(fraction * size + 0.5), 1), size - 1), 0)
+        drawn.append(members[size - count :])
+    if not sum(map(len, drawn)):
+        raise UserError(f"--val-fraction {fraction}: no class has two images, one to hold out and one to train on")
+    return np.concatenate(drawn)
 
 
 def complete_split(
@@ -154,6 +209,8 @@ def complete_split(
     unlabelled: Sequence[int] | np.ndarray | None = None,
     min_per_class: int = 1,
     include_labelled: bool = False,
+    validation: Sequence[int] | np.ndarray = (),
+    class_names: Sequence[str] | None = None,
 ) -> LabelSplit:
     """Make a checked split of given positions.
 
@@ -164,36 +221,42 @@ def complete_split(
         unlabelled: Positions of the unlabelled ones; all that are not labelled if None.
         min_per_class: 0 accepts classes without a labelled image.
         include_labelled: Use the labelled images as unlabelled ones too.
+        validation: Positions of the images held out for evaluation, which all have a label.
+        class_names: Names of the classes for messages.
 
     Raises:
         UserError: If a position is out of range, repeated, or without a label; if a class, or all, have no labelled
-            image; if labelled and unlabelled images overlap.
+            image; if labelled and unlabelled images overlap, or those held out overlap with others.
     """
     check_labels(labels, num_classes)
+    validation = _check_positions("validation", validation, len(labels))
     labelled = _check_positions("labelled", labelled, len(labels))
     if len(labelled) == 0:
-        raise UserError(f"none of the {len(labels)} images is labelled: label more, or let min_per_class be at least 1")
+        raise UserError(f"none of the {len(labels)} images is labelled: label more, or give --min-per-class 1")
     if (labels[labelled] == UNKNOWN).any():
         first = labelled[labels[labelled] == UNKNOWN][0]
         raise UserError(f"labelled image {first} has no known label")
     if unlabelled is None:
-        unlabelled = np.setdiff1d(np.arange(len(labels)), labelled)
+        unlabelled = np.setdiff1d(np.arange(len(labels)), np.concatenate([labelled, validation]))
     else:
         unlabelled = _check_positions("unlabelled", unlabelled, len(labels))
         both = np.intersect1d(labelled, unlabelled)
         if len(both) and not include_labelled:
             raise UserError(
                 f"{len(both)} images are both labelled and unlabelled, the first is image {both[0]}; "
-                f"include_labelled=True accepts that"
+                f"--unlabeled-include-labeled accepts that"
             )
     if include_labelled:
         unlabelled = np.union1d(labelled, unlabelled)
-    split = LabelSplit(labels, labelled, unlabelled, num_classes)
+    both = np.intersect1d(validation, np.union1d(labelled, unlabelled))
+    if len(both):
+        raise UserError(f"{len(both)} images are to train on and to validate, the first is image {both[0]}")
+    split = LabelSplit(labels, labelled, unlabelled, num_classes, class_names, validation)
     missing = split.classes_without_label
     if len(missing) and min_per_class > 0:
         raise UserError(
-            f"{len(missing)} of {num_classes} classes have no labelled image: {_listed(missing)}; "
-            f"min_per_class=0 accepts that"
+            f"{len(missing)} of {num_classes} classes have no labelled image: {_listed(missing, class_names)}; "
+            f"--min-per-class 0 accepts that"
         )
     return split
 
@@ -202,7 +265,7 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
     """Refuse labels outside [-1, num_classes)."""
     wrong = np.flatnonzero((labels < UNKNOWN) | (labels >= num_classes))
     if len(wrong):
-        raise UserError(f"label {labels[wrong[0]]} of image {wrong[0]} is out of range for num_classes={num_classes}")
+        raise UserError(f"label {labels[wrong[0]]} of image {wrong[0]} is out of range for --num-classes {num_classes}")
 
 
 def long_tail(
@@ -238,9 +301,14 @@ def _refuse_unread(required: str, required_value: int | None, **values: tuple[fl
             raise ValueError(f"{name} is {value}, but read only with {required}")
 
 
-def _listed(values: np.ndarray, limit: int = 10) -> str:
-    more = ", ..." if len(values) > limit else ""
-    return ", ".join(str(value) for value in values[:limit]) + more
+def _class(label: int, class_names: Sequence[str] | None) -> str:
+    """A class as the user knows it."""
+    return repr(class_names[label]) if class_names and label < len(class_names) else str(label)
+
+
+def _listed(classes: np.ndarray, class_names: Sequence[str] | None, limit: int = 10) -> str:
+    more = ", ..." if len(classes) > limit else ""
+    return ", ".join(_class(label, class_names) for label in classes[:limit]) + more
 
 
 def _check_positions(name: str, positions: Sequence[int] | np.ndarray, num_images: int) -> np.ndarray:
@@ -266,20 +334,32 @@ def _shuffled_members(labels: np.ndarray, num_classes: int, seed: int, fold: int
 
 def _fraction_counts(sizes: np.ndarray, fraction: float, min_per_class: int) -> np.ndarray:
     if not 0 < fraction <= 1:
-        raise UserError(f"fraction must be in (0, 1], got {fraction}")
+        raise UserError(f"--label-fraction must be in (0, 1], got {fraction}")
     proportional = np.floor(fraction * sizes + 0.5).astype(np.int64)
     return np.minimum(np.maximum(proportional, min_per_class), sizes)
 
 
-def _take(members: list[np.ndarray], counts: np.ndarray, name: str) -> np.ndarray:
+def _up_to(sizes: np.ndarray, per_class: int, class_names: Sequence[str] | None) -> np.ndarray:
+    """Images of each class to label, where a class may have fewer; a line names those that do."""
+    short = np.flatnonzero((sizes > 0) & (sizes < per_class))  # num_classes may be more than the data set has
+    if len(short):
+        named = ", ".join(f"{_class(label, class_names)} {sizes[label]}" for label in short[:10])
+        more = ", ..." if len(short) > 10 else ""
+        _logger.warning("--labels-per-class %d: %d classes have fewer images: %s%s", per_class, len(short), named, more)
+    return np.minimum(sizes, per_class)
+
+
+def _take(members: list[np.ndarray], counts: np.ndarray, name: str, class_names: Sequence[str] | None) -> np.ndarray:
     for label, (available, wanted) in enumerate(zip(members, counts, strict=True)):
         if wanted > len(available):
-            raise UserError(f"{name} wants {wanted} images of class {label}, only {len(available)} are left")
+            of = _class(label, class_names)
+            raise UserError(f"{name} wants {wanted} images of class {of}, only {len(available)} are left")
         if wanted < 0:
             raise UserError(f"{name} must not be negative, got {wanted}")
     return np.concatenate([m[:n] for m, n in zip(members, counts, strict=True)])
 
 
+_FLAGS = {"fraction": "--label-fraction", "per_class": "--labels-per-class", "imb_n1": "--imb-n1"}
 _HEADER = "# semivim label split {role}: {count} of {images} images, {classes} classes, sha256 {sha256}"
 _HEADER_PATTERN = re.compile(
     r"# semivim label split (\w+): (\d+) of (\d+) images, (\d+) classes, sha256 ([0-9a-f]{64})"
@@ -287,7 +367,9 @@ _HEADER_PATTERN = re.compile(
 
 
 def save_split(split: LabelSplit, folder: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
-    """Write labelled.txt and unlabelled.txt: a header, then ``index label [name]`` or ``index [name]`` lines.
+    """Write labelled.txt, unlabelled.txt and, where images are held out, validation.txt.
+
+    Each has a header, then ``index label [name]`` lines, without the label in unlabelled.txt.
 
     A name with a line break or undecodable bytes is written as a Python string. Each file is written atomically.
 
@@ -296,7 +378,8 @@ def save_split(split: LabelSplit, folder: str | os.PathLike[str], names: Sequenc
         folder: An existing folder.
         names: Name of every image of the set, by which ``load_split`` notices a changed set; not written if None.
     """
-    for role, positions in (("labelled", split.labelled), ("unlabelled", split.unlabelled)):
+    parts = [("labelled", split.labelled), ("unlabelled", split.unlabelled)]
+    for role, positions in [*parts, *([("validation", split.validation)] if len(split.validation) else [])]:
         header = _HEADER.format(
             role=role,
             count=len(positions),
@@ -305,7 +388,7 @@ def save_split(split: LabelSplit, folder: str | os.PathLike[str], names: Sequenc
             sha256=split.sha256,
         )
         columns = [positions.tolist()]
-        if role == "labelled":
+        if role != "unlabelled":
             columns.append(split.labels[positions].tolist())
         if names is not None:
             columns.append([_in_one_line(names[i]) for i in positions])
@@ -318,6 +401,7 @@ def load_split(
     labels: Sequence[int] | np.ndarray,
     num_classes: int,
     names: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> LabelSplit:
     """Read a saved split back and check that it belongs to this training set.
 
@@ -326,28 +410,32 @@ def load_split(
         labels: Class of every image of the set now, ``(n,)``; labels of the saved list replace unknown ones.
         num_classes: Number of classes now.
         names: Name of every image of the set now; checked against the saved names where both exist.
+        class_names: Names of the classes for messages.
 
     Raises:
         UserError: If a file is missing, damaged, or was written for another set of images; the message names it.
     """
     labels = np.array(labels, dtype=np.int64)
     parts = {}
-    for role in ("labelled", "unlabelled"):
+    for role in ("labelled", "unlabelled", "validation"):
         path = Path(folder) / f"{role}.txt"
+        if role == "validation" and not path.is_file():
+            continue  # its absence changes the SHA-256
         header, rows = _read_saved(path, role)
         if header[:2] != (len(labels), num_classes):
             raise UserError(
                 f"{path} was written for {header[0]} images of {header[1]} classes, "
                 f"the data set has {len(labels)} of {num_classes}"
             )
-        skip = 2 if role == "labelled" else 1
+        skip = 1 if role == "unlabelled" else 2
         positions = _check_positions(str(path), np.array([int(row[0]) for row in rows], dtype=np.int64), len(labels))
-        if role == "labelled":
+        if role != "unlabelled":
             _fill_labels(path, labels, rows, num_classes)
         if names is not None:
             _check_names(path, names, rows, skip)
         parts[role] = (positions, header[2])
-    split = LabelSplit(labels, parts["labelled"][0], parts["unlabelled"][0], num_classes)
+    held_out = [parts["validation"][0]] if "validation" in parts else []
+    split = LabelSplit(labels, parts["labelled"][0], parts["unlabelled"][0], num_classes, class_names, *held_out)
     for role, (_, sha256) in parts.items():
         if split.sha256 != sha256:
             raise UserError(f"{Path(folder) / role}.txt is damaged: sha256 {split.sha256}, its header says {sha256}")
@@ -369,7 +457,7 @@ def _read_saved(path: Path, role: str) -> tuple[tuple[int, int, str], list[list[
     match = _HEADER_PATTERN.fullmatch(first)
     if match is None or match[1] != role:
         raise UserError(f"{path} is not a saved {role} split: its first line is {first[:80]!r}")
-    columns = 2 if role == "labelled" else 1
+    columns = 1 if role == "unlabelled" else 2
     rows = [line.split(" ", columns) for line in lines]
     if len(rows) != int(match[2]):
         raise UserError(f"{path} is damaged: {len(rows)} entries, its header says {match[2]}")

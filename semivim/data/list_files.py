@@ -3,22 +3,31 @@
 A list has one entry a line; its content decides the format:
 
 * ``n04235860_14959.JPEG``: bare file names (SimCLRv2's ImageNet subsets), or paths below the root;
-* ``train/n01440764/n01440764_190.JPEG 0``: path and label (ImageNet-LT);
+* ``train/n01440764/n01440764_190.JPEG 0``: path and label (ImageNet-LT), parted by a space, a tab or a comma;
+* ``image_id,label``: a table with a header (see ``NAME_COLUMNS`` and ``LABEL_COLUMNS``), as pandas writes it;
 * ``Index`` column of a .csv: indices into torchvision's order of the images (Semi-ViT, EMAN).
+
+Names may lack their extension, labels are numbers or names of classes, and lines that start with # are comments.
 """
 
 import csv
+import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from semivim.data.image_files import file_order, image_extensions
 from semivim.data.label_split import UNKNOWN, LabelSplit, complete_split
 from semivim.data.sources import ImageSource
 from semivim.utils.user_error import UserError, did_you_mean_file
+
+# Headers of the column of images and of the column of labels, in lower case; the first that a table has counts.
+NAME_COLUMNS = ("image_id", "image", "image_path", "filename", "file_name", "filepath", "file", "path", "id", "name")
+LABEL_COLUMNS = ("label", "class", "class_name", "target", "category", "labels")
 
 
 class ListedImages(NamedTuple):
@@ -34,10 +43,10 @@ def split_from_lists(
     labelled_list: str,
     unlabelled_list: str | None = None,
     data_dir: str | None = None,
-    min_per_class: int = 1,
-    include_labelled: bool = False,
+    validation_list: str | None = None,
+    **options: Any,
 ) -> LabelSplit:
-    """Take the labelled and the unlabelled images from lists.
+    """Take the labelled, the unlabelled and the validation images from lists.
 
     Args:
         source: The training set.
@@ -45,19 +54,32 @@ def split_from_lists(
         labelled_list: List of the labelled images.
         unlabelled_list: List of the unlabelled images; all that are not labelled if None.
         data_dir: Folder that paths in the lists may start from, besides the source's own root.
-        min_per_class: 0 accepts classes without a labelled image.
-        include_labelled: Use the labelled images as unlabelled ones too.
+        validation_list: List of images to hold out for evaluation; none if None.
+        **options: More arguments of ``complete_split``.
 
     Raises:
         UserError: If an entry is unknown, repeated, out of range or outside the root (the message names the line), or
             the split fails ``complete_split``.
     """
-    lists = [read_list(path, source, num_classes, data_dir) for path in (labelled_list, unlabelled_list) if path]
+    paths = {"labelled": labelled_list, "unlabelled": unlabelled_list, "validation": validation_list}
+    lists = {role: read_list(path, source, num_classes, data_dir) for role, path in paths.items() if path}
     labels = source.labels.copy()
-    for positions, given in lists:
+    for positions, given in lists.values():
         labels[positions] = np.where(given == UNKNOWN, labels[positions], given)
-    unlabelled = lists[1].positions if unlabelled_list else None
-    return complete_split(labels, num_classes, lists[0].positions, unlabelled, min_per_class, include_labelled)
+    unlabelled = lists["unlabelled"].positions if "unlabelled" in lists else None
+    held_out = lists["validation"].positions if "validation" in lists else ()
+    return complete_split(labels, num_classes, lists["labelled"].positions, unlabelled, validation=held_out, **options)
+
+
+def listed_classes(path: str) -> list[str] | None:
+    """Names of classes that a list gives its images, in the order of class folders; None if it gives numbers or none.
+
+    Raises:
+        UserError: If the list cannot be read.
+    """
+    lines = _read_lines(path)
+    labels = {label for *_, label in _rows(path, lines, _has_image_extension) if label}
+    return None if all(map(_is_number, labels)) else sorted(labels, key=file_order)
 
 
 def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | None = None) -> ListedImages:
@@ -73,13 +95,7 @@ def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | 
         UserError: If the list is missing or empty, or an entry is unknown, ambiguous, repeated, out of range, outside
             the root, or contradicts the source's label; the message names list and line.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"list {path!r} is not a file{did_you_mean_file(path)}")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().split("\n")  # not splitlines(): a file name may hold other line separators
-    except UnicodeDecodeError as error:
-        raise UserError(f"list {path!r} is not UTF-8 text: {error}") from error
+    lines = _read_lines(path)
     entries = _indexed(path, lines, source) if _is_indexed(lines) else _named(path, lines, source, data_dir)
     seen: dict[int, int] = {}
     labels = []
@@ -91,12 +107,31 @@ def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | 
             raise UserError(f"{where}: label {label} is out of range for --num-classes {num_classes}")
         known = source.labels[position]
         if UNKNOWN not in (label, known) and label != known:
-            raise UserError(f"{where}: class {label}, but the data set has {source.describe(position)} as {known}")
+            ours, theirs = (repr(source.class_names[i]) if source.class_names else i for i in (label, known))
+            raise UserError(f"{where}: class {ours}, but the data set has {source.describe(position)} as {theirs}")
         seen[position] = number
         labels.append(label)
     if not seen:
         raise UserError(f"list {path!r} names no image")
     return ListedImages(np.array(list(seen), dtype=np.int64), np.array(labels, dtype=np.int64))
+
+
+def _read_lines(path: str) -> list[str]:
+    if not os.path.isfile(path):
+        raise UserError(f"list {path!r} is not a file{did_you_mean_file(path)}")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read().split("\n")  # not splitlines(): a file name may hold other line separators
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"list {path!r} is not UTF-8 text: {error}") from error
+
+
+def _has_image_extension(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_extensions()
+
+
+def _is_number(label: str) -> bool:
+    return re.fullmatch(r"[+-]?\d+", label) is not None
 
 
 def _is_indexed(lines: Sequence[str]) -> bool:
@@ -130,17 +165,79 @@ def _named(
     if source.names is None:
         raise UserError(f"list {path!r} names files, but the images of this data set have no names; wanted 'Index'")
     find = _NameFinder(source, data_dir)
-    for number, line in enumerate(lines, start=1):
-        entry = line.strip()
-        if not entry:
-            continue
-        match = re.fullmatch(r"(.+?)\s+([+-]?\d+)", entry)
-        name, label = (match[1], int(match[2])) if match else (entry, UNKNOWN)
+    for number, name, text in _rows(path, lines, find.knows):
         try:
             position = find(name)
-        except ValueError as error:
+            label = _label(text, source.class_names, int(source.labels[position])) if text else UNKNOWN
+        except UserError as error:
             raise UserError(f"list {path!r}, line {number}: {error}") from None
         yield number, position, label
+
+
+def _rows(path: str, lines: Sequence[str], is_name: Callable[[str], bool]) -> Iterator[tuple[int, str, str]]:
+    """Yield (line, name, label, '' for none) of a list of file names.
+
+    Args:
+        path: The list, for errors.
+        lines: Its lines.
+        is_name: Whether a text is the name of an image, which decides where a line without a header is parted.
+    """
+    columns: tuple[int, int | None] | None = None
+    first = True
+    for number, line in enumerate(lines, start=1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        cells = [cell.strip() for cell in next(csv.reader([entry], strict=False))]
+        if first:
+            first = False
+            columns = _columns(path, number, cells)
+            if columns:
+                continue
+        if columns:
+            name_column, label_column = columns
+            if max(name_column, label_column or 0) >= len(cells):
+                raise UserError(
+                    f"list {path!r}, line {number}: wanted a cell for each column of the header, got {entry!r}"
+                )
+            yield number, cells[name_column], "" if label_column is None else cells[label_column]
+            continue
+        parted = re.fullmatch(r"(.+?)\s+([+-]?\d+)", entry) or re.fullmatch(r"(.+?)\s+(\S+)", entry)
+        ways = [(parted[1], parted[2])] if parted and _is_number(parted[2]) else []
+        ways += [(cells[0], cells[1])] if len(cells) == 2 else []
+        ways += [(entry, "")]
+        ways += [(parted[1], parted[2])] if parted else []
+        yield number, *next((way for way in ways if is_name(way[0])), ways[0])
+
+
+def _columns(path: str, number: int, cells: Sequence[str]) -> tuple[int, int | None] | None:
+    """Columns of names and labels (None for none) if the cells are a header, else None."""
+    known = [cell.lower() for cell in cells]
+    names, labels = ([known.index(name) for name in group if name in known] for group in (NAME_COLUMNS, LABEL_COLUMNS))
+    if names:
+        return names[0], labels[0] if labels else None
+    if labels and len(cells) > 1:
+        wanted = ", ".join(NAME_COLUMNS)
+        raise UserError(f"list {path!r}, line {number}: no column of images among {', '.join(cells)}: wanted {wanted}")
+    return None
+
+
+def _label(text: str, class_names: Sequence[str] | None, known: int) -> int:
+    """Class that a label means, by its number or by its name; ``known`` is what the data set says, -1 for nothing."""
+    names = list(class_names or [])
+    number = re.fullmatch(r"([+-]?\d+)(\.0)?", text)  # pandas makes 3.0 of 3 where a label is missing
+    meanings = ([int(number[1])] if number else []) + ([names.index(text)] if text in names else [])
+    if not meanings:
+        near = difflib.get_close_matches(text, names, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"{text!r} is not a class{hint}: wanted one of {', '.join(names[:10]) or 'the numbers from 0'}")
+    if known in meanings:
+        return known
+    if len(set(meanings)) > 1:
+        raise UserError(
+            f"{text!r} is the name of class {names.index(text)} and the number of another: wanted names alone"
+        )
+    return meanings[0]
 
 
 class _NameFinder:
@@ -159,24 +256,34 @@ class _NameFinder:
         self.by_file: dict[str, int] = {}
         self.ambiguous: set[str] = set()
         for position, name in enumerate(self.names):
-            file = os.path.basename(name)
-            if file in self.by_file:
-                self.ambiguous.add(file)
-            self.by_file[file] = position
+            stem = os.path.splitext(name)[0]
+            file, file_stem = os.path.basename(name), os.path.basename(stem)
+            for short in dict.fromkeys([file, stem, file_stem]):
+                if short != name and self.by_file.setdefault(short, position) != position:
+                    self.ambiguous.add(short)
         self.real_folder = lru_cache(maxsize=None)(os.path.realpath)
 
+    def knows(self, name: str) -> bool:
+        """Whether a text names an image, be it ambiguous."""
+        path = os.path.normpath(self._below_the_root(name))
+        return any(
+            text in names for text in (path, path.removeprefix(self.prefix)) for names in (self.by_path, self.by_file)
+        )
+
+    def _below_the_root(self, name: str) -> str:
+        return name.removeprefix(self.source_root + os.sep).removeprefix(self.real_source_root + os.sep)
+
     def __call__(self, name: str) -> int:
-        path = name.removeprefix(self.source_root + os.sep).removeprefix(self.real_source_root + os.sep)
+        path = self._below_the_root(name)
         if os.path.isabs(path) or ".." in re.split(r"[/\\]", path):
             raise UserError(f"{name!r} is outside the root: wanted a path below {self.source_root}")
         path = os.path.normpath(path)
-        position = self.by_path.get(path)
+        shorter = path.removeprefix(self.prefix)
+        position = self.by_path.get(path, self.by_path.get(shorter))
         if position is None:
-            position = self.by_path.get(path.removeprefix(self.prefix))
-        if position is None and os.sep not in path:
-            if path in self.ambiguous:
+            if {path, shorter} & self.ambiguous:
                 raise UserError(f"{name!r} is the name of several images; wanted a path below {self.source_root}")
-            position = self.by_file.get(path)
+            position = self.by_file.get(path, self.by_file.get(shorter))
         if position is None:
             raise UserError(f"{name!r} is not an image below {self.source_root}")
         self._refuse_escape(name, os.path.join(self.source_root, self.names[position]))

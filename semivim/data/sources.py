@@ -5,7 +5,9 @@ import os
 import pickle
 import struct
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -16,12 +18,14 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
+from torchvision.datasets import STL10
 
 from semivim.data.embedded import PhotoCrops, read_digits
 from semivim.data.image_files import classes_of_files, file_order, find_image_files, is_hidden
 from semivim.data.label_split import UNKNOWN
 from semivim.data.tar_files import index_tar
 from semivim.data.wds_shards import ShardReader, index_shards
+from semivim.hub.hub_session import hub_session, is_hub_error
 from semivim.utils.model_options import MAX_CLASSES
 from semivim.utils.pixels import DEFAULT_RULES, PixelRules, refuse_extreme_shape, to_8_bit, uses_little_of_its_range
 from semivim.utils.user_error import UserError, did_you_mean_file
@@ -69,6 +73,10 @@ class ImageSource:
         root: Folder that names are relative to.
         rules: How pixels become 8 bits.
 
+    Attributes:
+        least_side: A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size where both its sides stay at least this long,
+            which takes a fraction of time and memory; None decodes at full size.
+
     Raises:
         UserError: If the labels are not one whole number an image.
     """
@@ -92,6 +100,8 @@ class ImageSource:
         self.class_names = None if class_names is None else list(class_names)
         self.names = None if names is None else list(names)
         self.root = root
+        self.least_side: int | None = None
+        self._warned: set[tuple[int, str]] = set()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,14 +123,26 @@ class ImageSource:
                 pixel format that has no 8-bit equivalent.
         """
         try:
-            image = self.read(index)
-            refuse_extreme_shape(image)
-            image.load()
-            self._watch_range(index, image)
-            image = to_8_bit(image, self.rules)
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                with self.read(index) as image:
+                    refuse_extreme_shape(image)
+                    if self.least_side:
+                        image.draft(None, (self.least_side, self.least_side))
+                    image.load()
+                    self._watch_range(index, image)
+                    image = to_8_bit(image, self.rules)
+            self._name_warnings(index, [str(warning.message) for warning in found])
         except _DECODING_ERRORS as error:
             raise UnreadableImageError(f"{self.describe(index)} is unreadable: {error}") from error
         return image
+
+    def _name_warnings(self, index: int, messages: Sequence[str]) -> None:
+        """Log once what Pillow warns of, with the file that it does not name."""
+        for message in messages:
+            if (index, message) not in self._warned:
+                self._warned.add((index, message))
+                _logger.warning("%s: %s", self.describe(index), " ".join(message.split()))
 
     def _watch_range(self, index: int, image: Image.Image) -> None:
         """Say once that an image is darker than its format lets it be, as 12 bits in a 16-bit file are."""
@@ -140,6 +162,7 @@ def open_source(
     split: str = "train",
     num_classes: int | None = None,
     rules: PixelRules = DEFAULT_RULES,
+    is_whole: bool = False,
     **options: Any,
 ) -> ImageSource:
     """Open a data set by timm's name for it, or ``embedded/digits``.
@@ -151,6 +174,7 @@ def open_source(
         split: Name of the split, with timm's synonyms for folders; '.' is ``data_dir`` itself.
         num_classes: Number of classes that labels must stay below; not checked if None.
         rules: How pixels become 8 bits.
+        is_whole: Validation images come from this source too: a folder without folders of splits is itself the split.
         **options: More of timm's ``create_dataset`` arguments (class_map, download, ...).
 
     Raises:
@@ -159,10 +183,15 @@ def open_source(
     """
     kind = _kind(dataset)
     for name in sorted(set(options) - _OPTIONS[kind]):
-        raise UserError(f"{name}={options[name]!r} is not read with dataset {dataset!r}")
+        given = f"--{'dataset-' if name in ('download', 'trust_remote_code') else ''}{name.replace('_', '-')}"
+        raise UserError(f"{given} {options[name]!r} is not read with dataset {dataset!r}")
     if kind == "embedded":
         source = _open_embedded(dataset, data_dir, split)
+    elif dataset.lower() == "torch/stl10":
+        source = _open_stl10(data_dir or "", split, bool(options.get("download")))
     else:
+        if is_whole and _is_flat(data_dir or ""):
+            split = "."
         source = _open_timm(kind, dataset, data_dir, split, **options)
     source.rules = rules
     if source.num_classes > MAX_CLASSES:
@@ -175,48 +204,6 @@ def open_source(
             f"--num-classes is {num_classes}, but dataset {dataset!r}, split {split!r} has {source.num_classes} classes"
         )
     return source
-
-
-def check_sources(source: ImageSource, val_source: ImageSource, val_split: str, num_classes: int | None = None) -> None:
-    """Refuse validation images that are training images, and labels that mean other classes or none.
-
-    Files are the same where their folder is, links to folders resolved; images without names are where all labels and
-    the first image are.
-
-    Args:
-        source: The training set, or other images to train on.
-        val_source: The validation set.
-        val_split: Name of the validation split.
-        num_classes: Number of classes that labels must stay below; those of ``source`` if None.
-
-    Raises:
-        UserError: With the folder that both hold, the first class that differs, or the label that is out of range.
-    """
-    refuse_shared(source, val_source, val_split)
-    ours, theirs = source.class_names, val_source.class_names
-    if ours and theirs and ours != theirs:
-        odd = sorted(set(ours) ^ set(theirs)) or [a for a, b in zip(ours, theirs, strict=True) if a != b]
-        raise UserError(
-            f"training has {len(ours)} classes and validation {len(theirs)}, the first that differs is {odd[0]!r}"
-        )
-    wanted = num_classes or source.num_classes
-    if wanted == 0:
-        raise UserError(
-            "training images have no classes: wanted a folder for each, or --num-classes and --labeled-list"
-        )
-    for role, part in (("training", source), ("validation", val_source)):
-        worst = int(part.labels.argmax())
-        if part.labels[worst] >= wanted:
-            raise UserError(
-                f"{role} label {part.labels[worst]} of {part.describe(worst)} is out of range for "
-                f"--num-classes {wanted}"
-            )
-
-
-def refuse_shared(source: ImageSource, val_source: ImageSource, val_split: str) -> None:
-    """Raise UserError where validation images are training images (see :func:`check_sources`)."""
-    if shared := _shared_images(source, val_source):
-        raise UserError(f"images to train on are validation images too: split {val_split!r} shares {shared}")
 
 
 def open_unlabelled_folder(root: str) -> ImageSource:
@@ -235,43 +222,10 @@ def open_unlabelled_folder(root: str) -> ImageSource:
     return ImageSource(_FileReader(root, names), np.full(len(names), UNKNOWN), names=names, root=root)
 
 
-def join_sources(first: ImageSource, second: ImageSource) -> ImageSource:
-    """Append the images of one source to another's; the classes and the rules for pixels are the first one's.
-
-    Raises:
-        UserError: If they have images in common, which would count twice.
-    """
-    if shared := _shared_images(first, second):
-        raise UserError(f"unlabelled images are training images already, and would count twice: both hold {shared}")
-    names, root = None, None
-    if first.names is not None and second.names is not None and first.root and second.root:
-        root = os.path.commonpath([os.path.abspath(first.root), os.path.abspath(second.root)])
-        names = [
-            os.path.relpath(os.path.join(source.root or "", name), root)
-            for source in (first, second)
-            for name in source.names or ()
-        ]
-    labels = np.concatenate([first.labels, second.labels])
-    return ImageSource(_JoinedReader(first, second), labels, first.class_names, names, root, first.rules)
-
-
 @cache
 def _range_said() -> torch.Tensor:
     """Whether a picture of little range was named already, ``(1,)``; one flag for this process and its workers."""
     return torch.zeros(1, dtype=torch.bool).share_memory_()
-
-
-def _shared_images(first: ImageSource, second: ImageSource) -> str:
-    """Describe the images that two sources share, '' if none."""
-    if first.names is None and second.names is None:
-        same = np.array_equal(first.labels, second.labels) and first.image(0) == second.image(0)
-        return f"all its {len(second):,} images" if same else ""
-    return min(_real_folders(first) & _real_folders(second), default="")
-
-
-def _real_folders(source: ImageSource) -> set[str]:
-    folders = {os.path.dirname(name) for name in source.names or ()}
-    return {os.path.realpath(os.path.join(source.root or "", folder)) for folder in folders}
 
 
 class _FileReader:
@@ -279,19 +233,7 @@ class _FileReader:
         self.root, self.names = root, names
 
     def __call__(self, index: int) -> Image.Image:
-        with open(os.path.join(self.root, self.names[index]), "rb") as file:
-            image = Image.open(file)
-            image.load()
-        return image
-
-
-class _JoinedReader:
-    def __init__(self, first: ImageSource, second: ImageSource) -> None:
-        self.first, self.second = first, second
-
-    def __call__(self, index: int) -> Image.Image:
-        n = len(self.first)
-        return self.first.read(index) if index < n else self.second.read(index - n)
+        return Image.open(os.path.join(self.root, self.names[index]))  # decoded where the size is known
 
 
 class _TimmReader:
@@ -343,12 +285,35 @@ def _split_folder(data_dir: str, split: str) -> str:
     for name in (split, *next((names for names in (_TRAIN_SPLITS, _VAL_SPLITS) if split in names), ())):
         if os.path.exists(folder := os.path.join(data_dir, name)):
             return data_dir if name == "." else folder
-    with os.scandir(data_dir) as entries:
-        subfolders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    subfolders = _subfolders(data_dir)
     raise UserError(
-        f"split {split!r} has no folder of its own in data_dir {data_dir!r}, which holds "
-        f"{', '.join(subfolders[:10]) or 'no folder'}{', ...' if len(subfolders) > 10 else ''}; '.' is data_dir itself"
+        f"split {split!r} has no folder of its own in --data-dir {data_dir!r}, which holds "
+        f"{', '.join(subfolders[:10]) or 'no folder'}{', ...' if len(subfolders) > 10 else ''}; where its folders are "
+        "classes, --val-fraction 0.1 holds validation images out"
     )
+
+
+def _subfolders(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _is_flat(data_dir: str) -> bool:
+    """Whether a folder has no folder of any split."""
+    return os.path.isdir(data_dir) and not {*_TRAIN_SPLITS, *_VAL_SPLITS, "test"} & set(_subfolders(data_dir))
+
+
+@contextmanager
+def _opening(dataset: str, data_dir: str | None, split: str) -> Iterator[None]:
+    """Turn what timm, torchvision and datasets raise on unusable data into one line."""
+    with hub_session(dataset.partition("/")[2]):
+        try:
+            yield
+        except _OPENING_ERRORS as error:
+            if is_hub_error(error):
+                raise
+            reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
+            raise UserError(f"dataset {dataset!r} in --data-dir {data_dir!r}, split {split!r}: {reason}") from error
 
 
 def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **options: Any) -> ImageSource:
@@ -364,19 +329,21 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         return _open_folder(_split_folder(data_dir or "", split), **options)
     if not kind and "input_key" not in options:
         return _open_tar(data_dir or "", **options)
-    try:
+    with _opening(dataset, data_dir, split):
         opened = create_dataset(dataset, root=data_dir, split=split, search_split=False, **options)
         reader: Any = opened.reader if isinstance(opened, ImageDataset) else None
         targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else []  # Hugging Face
-    except _OPENING_ERRORS as error:
-        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
-        raise UserError(f"dataset {dataset!r} in --data-dir {data_dir!r}, split {split!r}: {reason}") from error
     if reader is None:
         return _from_torchvision(dataset, opened, split)
     if targets and reader.dataset[0][reader.image_key] is None:  # datasets makes an empty column of an unknown name
         columns = ", ".join(reader.dataset.column_names)
         raise UserError(f"dataset {dataset!r} has no image in column {reader.image_key!r} (--input-key) of {columns}")
-    labels, class_names = _classes(targets, reader.class_to_idx)
+    class_to_idx = reader.class_to_idx
+    if not class_to_idx and any(isinstance(target, str) for target in targets):  # a column of text, not of classes
+        named = sorted({target for target in targets if target is not None}, key=file_order)
+        class_to_idx = {name: label for label, name in enumerate(named)}
+        targets = [class_to_idx.get(target) for target in targets]
+    labels, class_names = _classes(targets, class_to_idx)
     return ImageSource(_TimmReader(reader), labels, class_names)
 
 
@@ -468,11 +435,21 @@ def _from_torchvision(dataset: str, opened: Any, split: str) -> ImageSource:
     return ImageSource(_PairReader(opened), labels, getattr(opened, "classes", None))
 
 
+def _open_stl10(data_dir: str, split: str, download: bool) -> ImageSource:
+    """Open STL-10, whose 100,000 images without labels belong to the training split."""
+    parts = dict.fromkeys(_TRAIN_SPLITS, "train+unlabeled") | dict.fromkeys((*_VAL_SPLITS, "test"), "test")
+    if split not in parts:
+        raise UserError(f"split {split!r} of 'torch/stl10' does not exist; wanted 'train' or 'validation'")
+    with _opening("torch/stl10", data_dir, split):
+        opened = STL10(data_dir, parts[split], download=download)
+    return ImageSource(_PairReader(opened), opened.labels.astype(np.int64), opened.classes)
+
+
 def _open_embedded(dataset: str, data_dir: str | None, split: str) -> ImageSource:
     if dataset not in ("embedded/digits", "embedded/photos"):
         raise UserError(f"dataset {dataset!r} is not embedded; wanted 'embedded/digits' or 'embedded/photos'")
     if data_dir:
-        raise UserError(f"data_dir={data_dir!r} is not read with dataset {dataset!r}")
+        raise UserError(f"--data-dir {data_dir!r} is not read with dataset {dataset!r}")
     if split not in (*_TRAIN_SPLITS, *_VAL_SPLITS, "test"):
         raise UserError(f"split {split!r} of {dataset!r} does not exist; wanted 'train' or 'validation'")
     if dataset == "embedded/photos":

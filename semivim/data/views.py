@@ -101,6 +101,16 @@ class View:
         return images
 
 
+def least_side(input_size: tuple[int, int, int], share: float) -> int:
+    """Pixels on a side of which a crop still has twice the model's, so that a larger original may be shrunk first.
+
+    Args:
+        input_size: (channels, height, width) of the model.
+        share: Least share of the area that is cropped.
+    """
+    return int(2 * max(input_size[1:]) / max(share, 1e-4) ** 0.5)
+
+
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x - mean) / std.
 

@@ -3,17 +3,21 @@
 import argparse
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import timm
 import torch
 from timm.utils import NativeScaler, ParseKwargs, init_distributed_device
+from torch.distributed import distributed_c10d
 
 from semivim.flags.data_flags import INTERPOLATIONS
 from semivim.flags.parser import COUNT, POSITIVE, SHARE, Name, Number, Parser, assignment, flag, spaced
+from semivim.hub.hub_session import hub_session, is_hub_error
 from semivim.hub.model_folder import check_config, find_folder
 from semivim.runs.run_folder import CONFIG
 from semivim.task.tune_scope import TUNE_SCOPES, limit_training
@@ -22,6 +26,14 @@ from semivim.utils.model_options import MAX_CLASSES, check_name, check_options
 from semivim.utils.preprocessing import MAX_SIDE_PX
 from semivim.utils.user_error import UserError, one_line
 
+# What gives a model an argument that it may not take.
+_GIVEN_BY = {
+    "drop_path_rate": "--drop-path",
+    "drop_rate": "--drop",
+    "global_pool": "--gp",
+    "in_chans": "--in-chans",
+    "ssmixup_c": "--pseudo-mixup ss: SSMixup needs a Vim (vim_* or semivim_*)",
+}
 # A -c file may come from elsewhere, so what takes memory is bounded.
 CLASSES = Number(1, MAX_CLASSES, kind=int)
 SIDE_PX = Number(1, MAX_SIDE_PX, kind=int)
@@ -186,39 +198,53 @@ def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> 
     given |= args.model_kwargs | options
     weights = {name: given.pop(name) for name in ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")}
     given = {name: value for name, value in given.items() if value is not None}
-    try:
-        _refuse_unsuitable(args, given)
-    except UserError as error:
-        if "argument 'ssmixup_" in str(error):
-            raise UserError(
-                f"--pseudo-mixup ss mixes the states of a Vim's scans, which --model {args.model} lacks: "
-                "name a Vim, or --pseudo-mixup prob"
-            ) from error
-        if "argument 'img_size'" not in str(error):
-            raise
-        del given["img_size"]  # a network of convolutions takes images of any size
-        _refuse_unsuitable(args, given)
-    try:
-        model: Any = timm.create_model(args.model, **weights, **given)
-    except (OSError, RuntimeError, ValueError) as error:
-        if not (args.pretrained or files):
-            raise
-        named = " ".join(f"{flag(name)} {getattr(args, name)}" for name in ("model", *files))
-        raise UserError(f"{named}: the weights do not load: {one_line(error)}") from error
+    with hub_session(args.model, keep_others=True):
+        given = _suitable(args, given)
+        model = _load(args, files, weights | given)
     limit_training(model, args.tune_scope)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+        try:
+            model.set_grad_checkpointing(enable=True)
+        except (AssertionError, AttributeError) as error:  # as timm's models say that they cannot
+            raise UserError(f"--grad-checkpointing: --model {args.model} does not support it") from error
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
-def _refuse_unsuitable(args: argparse.Namespace, options: dict[str, Any]) -> None:
+def _load(args: argparse.Namespace, files: list[str], given: dict[str, Any]) -> Any:
+    """Create the model; weights that do not load are the user's fault, anything else a bug."""
+    try:
+        return timm.create_model(args.model, **given)
+    except (OSError, RuntimeError, ValueError) as error:
+        if is_hub_error(error) or not (args.pretrained or files):
+            raise
+        named = " ".join(f"{flag(name)} {getattr(args, name)}" for name in ("model", *files))
+        raise UserError(f"{named}: the weights do not load: {one_line(error)}") from error
+
+
+def _suitable(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the model takes: without the size of its images where it takes images of any size.
+
+    Raises:
+        UserError: If an option does not suit the model, by the flag that gave it.
+    """
     what = f"--model {args.model}"
     if folder := find_folder(args.model, [CONFIG]):
         check_config(folder, what, options)
-        return
+        return options
     check_name(args.model, what)
     named = f"{what} --model-kwargs {args.model_kwargs}" if args.model_kwargs else what
-    check_options(args.model, options, named)
+    while True:
+        try:
+            check_options(args.model, options, named)
+            return options
+        except UserError as error:
+            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            name = match[1] if match else ""
+            if name not in options or name in args.model_kwargs:
+                raise
+            if name != "img_size" and options[name]:
+                raise UserError(f"{what} does not take {_GIVEN_BY.get(name, name)}") from error
+            options = {key: value for key, value in options.items() if key != name}
 
 
 def add_device_flags(parser: Parser) -> None:
@@ -234,6 +260,9 @@ def add_device_flags(parser: Parser) -> None:
         nargs="+",
         metavar="MODULE",
         help="import these first: modules that bring devices or models",
+    )
+    group.add_argument(
+        "--dist-timeout", type=POSITIVE, default=1800.0, help="seconds to wait for a process of the run that hangs"
     )
     parser.checks.append(_check_device)
 
@@ -262,9 +291,14 @@ def open_device(args: argparse.Namespace) -> torch.device:
         importlib.import_module(module)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return init_distributed_device(args)
+        device = init_distributed_device(args)
     except (AssertionError, RuntimeError) as error:
         raise UserError(f"--device {args.device}: {one_line(error)}") from error
+    if args.distributed:
+        # torch 2.11 renamed it
+        set_timeout = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=args.dist_timeout))
+    return device
 
 
 def mixed_precision(

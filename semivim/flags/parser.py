@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from timm.utils import ParseKwargs
 from semivim.utils.files import load_yaml
 from semivim.utils.terminal import escape
 from semivim.utils.user_error import did_you_mean_file, one_line, short
+
+_logger = logging.getLogger(__name__)
 
 
 class Number:
@@ -213,6 +216,17 @@ class Parser(argparse.ArgumentParser):
                 value = getattr(args, name)
                 if not holds and value != self.get_default(name):
                     self.error(f"{flag(name)} is read only with {condition}, got {value}")
+
+    def name_unused(self, args: argparse.Namespace, holder: str, names: str) -> None:
+        """Log in one line which of the given flags are left unused.
+
+        Args:
+            args: The parsed flags.
+            holder: What leaves them unused.
+            names: Names of the flags.
+        """
+        if given := [flag(name) for name in names.split() if getattr(args, name) != self.get_default(name)]:
+            _logger.warning("%s leaves unused: %s", holder, ", ".join(given))
 
 
 def _suggest(word: str, names: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from semivim.utils.lyap_ema import PRESETS
 SPLIT_FLAGS = (
     "label_fraction", "labels_per_class", "min_per_class", "imb_n1", "imb_m1", "imb_factor_l", "imb_factor_u",
     "unlabeled_include_labeled", "fold", "split_seed", "labeled_list", "unlabeled_list",
+    "val_fraction", "val_list",
 )  # fmt: skip
 
 
@@ -54,6 +55,15 @@ def add_semi_supervised_flags(parser: Parser) -> None:
     group.add_argument(
         "--unlabeled-include-labeled", action="store_true", help="labelled images count as unlabelled too"
     )
+    group.add_argument(
+        "--val-fraction",
+        type=Number(0, 1, ends="()"),
+        default=None,
+        help="share of each class to validate with, held out of the training images, in place of --val-split",
+    )
+    group.add_argument(
+        "--val-list", default=None, metavar="FILE", help="list of training images to validate with, likewise"
+    )
     group.add_argument("--fold", type=COUNT_OR_NONE, default=0, help="number of the split for its seed")
     group.add_argument("--split-seed", type=COUNT_OR_NONE, default=0, help="seed of the split, apart from --seed")
 
@@ -83,31 +93,35 @@ def add_semi_supervised_flags(parser: Parser) -> None:
 
 
 def _check_method(parser: Parser, args: argparse.Namespace) -> None:
-    if args.ssl_method == "supervised" and args.pseudo_mixup != "none":
-        parser.error(f"--pseudo-mixup {args.pseudo_mixup}: --ssl-method supervised has no pseudo-labels to mix")
-    unlabelled = "threshold unlabeled_weight weak_color_jitter strong_aa strong_reprob"
-    conditions = {
-        "a --ssl-method other than supervised": (args.ssl_method != "supervised", unlabelled),
-        "--pseudo-mixup ss": (args.pseudo_mixup == "ss", "ssmixup_nu ssmixup_c ssmixup_layers"),
-    }
-    parser.refuse_unread(args, conditions)
+    lyapema, supervised = args.ssl_method == "lyapema", args.ssl_method == "supervised"
+    unlabelled = "threshold unlabeled_weight weak_color_jitter strong_aa strong_reprob pseudo_mixup"
+    ssmixup = "ssmixup_nu ssmixup_c ssmixup_layers"
+    parser.refuse_unread(args, {"--pseudo-mixup ss": (args.pseudo_mixup == "ss", ssmixup)})
+    # A method of several is compared by changing --ssl-method alone.
+    unread = f"{unlabelled} {ssmixup}" if supervised else ""
+    unread += "" if lyapema else " lyap_mode lyap_min_decay lyap_gamma lyap_radius"
+    parser.name_unused(args, f"--ssl-method {args.ssl_method}", unread)
 
 
 def _check_split(parser: Parser, args: argparse.Namespace) -> None:
     flags = ("label_fraction", "labels_per_class", "imb_n1", "labeled_list")
     given = [flag(name) for name in flags if getattr(args, name) is not None]
-    if len(given) != 1:
+    if len(given) > 1 or not (given or args.unlabeled_dir):
         wanted = "give one of --label-fraction, --labels-per-class, --imb-n1 or --labeled-list"
         parser.error(f"{wanted}, got {' and '.join(given) or 'none'}")
     if abs(args.imb_factor_u) < 1:
         parser.error(f"argument --imb-factor-u: {args.imb_factor_u:g} is not >= 1 or, to reverse the classes, <= -1")
     conditions = {
         "--labeled-list": (args.labeled_list, "unlabeled_list"),
-        "a split that is drawn, without --labeled-list": (not args.labeled_list, "fold split_seed"),
+        "a split that is drawn, without --labeled-list": (not args.labeled_list, "fold split_seed val_fraction"),
         "--imb-n1": (args.imb_n1, "imb_m1 imb_factor_l imb_factor_u"),
         "--imb-m1": (args.imb_m1, "imb_factor_u"),
     }
     parser.refuse_unread(args, conditions)
+    if args.val_fraction and args.val_list:
+        parser.error("give one of --val-fraction and --val-list, got both")
+    if held_out := args.val_fraction or args.val_list:
+        parser.refuse_unread(args, {"neither --val-fraction nor --val-list": (not held_out, "val_split")})
 
 
 def _check_lyapema(parser: Parser, args: argparse.Namespace) -> None:
@@ -116,9 +130,11 @@ def _check_lyapema(parser: Parser, args: argparse.Namespace) -> None:
     if lyapema and "decay" in preset and args.model_ema_decay < least:
         parser.error(f"--model-ema-decay {args.model_ema_decay:g} is below --lyap-min-decay {least:g}")
     conditions = {
-        "--ssl-method lyapema": (lyapema, "lyap_mode lyap_min_decay lyap_gamma lyap_radius"),
-        "--lyap-mode default": ("decay" in preset, "model_ema_decay model_ema_warmup lyap_min_decay"),
-        "--lyap-mode default or paper_stable": ("v_radius" in preset, "lyap_radius"),
+        "--lyap-mode default": (
+            not lyapema or "decay" in preset,
+            "model_ema_decay model_ema_warmup lyap_min_decay",
+        ),
+        "--lyap-mode default or paper_stable": (not lyapema or "v_radius" in preset, "lyap_radius"),
     }
     parser.refuse_unread(args, conditions)
 
@@ -129,9 +145,10 @@ def complete_split_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_split_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of ``make_split`` beside the images."""
+    """Arguments of ``make_split`` beside the images; beside a heap of unlabelled images all others are labelled."""
+    is_drawn = args.labels_per_class or args.imb_n1
     return complete_split_kwargs(args) | {
-        "fraction": args.label_fraction,
+        "fraction": args.label_fraction or (None if is_drawn else 1.0),
         "per_class": args.labels_per_class,
         "imb_n1": args.imb_n1,
         "imb_m1": args.imb_m1,
@@ -158,7 +175,7 @@ def strong_view_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 def ssmixup_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the model that mixes hidden states, {} for one that does not."""
-    if args.pseudo_mixup != "ss":
+    if args.pseudo_mixup != "ss" or args.ssl_method == "supervised":
         return {}
     return {"ssmixup_c": args.ssmixup_c, "ssmixup_layers": args.ssmixup_layers}
 

@@ -39,7 +39,7 @@ class HubError(UserError):
 
 
 @contextmanager
-def hub_session(repo_id: str) -> Iterator[None]:
+def hub_session(repo_id: str, keep_others: bool = False) -> Iterator[None]:
     """Bound every request that huggingface_hub sends inside the block, and turn its failures into `HubError`.
 
     A request is tried at most three times and waits ``HF_HUB_DOWNLOAD_TIMEOUT`` seconds (10 by default) for an answer,
@@ -48,6 +48,7 @@ def hub_session(repo_id: str) -> Iterator[None]:
 
     Args:
         repo_id: Repository named in the error.
+        keep_others: Leave errors alone that did not come of a request, as the block does more than request.
 
     Raises:
         HubError: For any failure of the Hub, the network or the cache.
@@ -67,10 +68,25 @@ def hub_session(repo_id: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, EntryNotFoundError, RuntimeError, HubError) as error:
+        if keep_others and not is_hub_error(error):
+            raise
         _raise_hub_error(repo_id, error)
     finally:
         logging.set_verbosity(verbosity)
         set_client_factory(previous)
+
+
+def is_hub_error(error: BaseException) -> bool:
+    """Whether an error came of a request to the Hub, or of one that was not sent."""
+    return any(isinstance(link, (HubError, HTTPError, OfflineModeIsEnabled)) for link in _chain(error))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it, the last first."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
 
 
 def fetch(repo_id: str, filename: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
@@ -197,14 +213,12 @@ def _raise_hub_error(repo_id: str, error: Exception) -> NoReturn:
     """Raise the `HubError` that names the cause found first in the chain of errors."""
     cached = "; no copy in the cache" if isinstance(error, LocalEntryNotFoundError) else ""
     where, cause = constants.ENDPOINT, " ".join(str(error).split())
-    link: BaseException | None = error
-    while link is not None:
+    for link in _chain(error):
         if isinstance(link, HubError):
             raise link
         if isinstance(link, (HTTPError, OfflineModeIsEnabled)):
             where, cause = _describe(link)
             break
-        link = link.__cause__ or link.__context__
     raise HubError(f"{repo_id}: {where}: {cause}{cached}") from error
 
 

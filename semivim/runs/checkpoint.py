@@ -325,9 +325,24 @@ def save_model(
         config["label_names"] = list(label_names)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
         with full_disk_is_one_line(Path(temporary) / WEIGHTS, _tensor_bytes(model.state_dict())):
-            save_for_hf(model, temporary, model_config=config, safe_serialization=True, data_config=data_config)
+            hook = model.register_state_dict_post_hook(_one_plain_tensor_each)
+            try:
+                save_for_hf(model, temporary, model_config=config, safe_serialization=True, data_config=data_config)
+            finally:
+                hook.remove()
             seal_safetensors(Path(temporary) / WEIGHTS)
         shutil.copymode(Path(temporary) / CONFIG, Path(temporary) / WEIGHTS)  # readable by others
         for name in (WEIGHTS, CONFIG):
             flush(Path(temporary) / name)
             os.replace(Path(temporary) / name, folder / name)
+
+
+# ARG001: torch passes its hooks more than this one reads
+def _one_plain_tensor_each(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:  # noqa: ARG001
+    """Lay out the tensors of a state dict row by row, without memory in common, as safetensors wants them."""
+    seen: set[int] = set()
+    for name, value in state.items():
+        plain = value.contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        state[name] = plain.clone() if storage in seen else plain
+        seen.add(storage)

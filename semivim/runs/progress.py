@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -65,6 +66,18 @@ def add_up(sums: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
     """Add ``figures`` to ``sums``, key by key."""
     for key, value in figures.items():
         sums[key] = sums[key] + value if key in sums else value
+
+
+def mean_over_ranks(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Average figures over all processes, which all have to call this with the same names and shapes."""
+    if not dist.is_initialized() or not figures:
+        return dict(figures)
+    names = sorted(figures)
+    device = next((figures[name].device for name in names if figures[name].device.type != "cpu"), None)
+    values = torch.cat([figures[name].reshape(-1).to(device or "cpu", torch.float64) for name in names])
+    dist.all_reduce(values)
+    parts = (values / dist.get_world_size()).split([figures[name].numel() for name in names])
+    return {name: part.view(figures[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def sum_over_ranks(counts: dict[int, int]) -> dict[int, int]:

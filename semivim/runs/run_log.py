@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,26 @@ from semivim.runs.run_folder import RECORDS, SUMMARY
 from semivim.utils.files import atomic_path
 from semivim.utils.terminal import escape_lines
 from semivim.utils.user_error import UserError, one_line, short
+
+FIRST_LINE_S = 10.0  # until a line says how far a run is that has logged no figures yet
+# Without a bar that shrinks to one character beside the figures.
+_BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+_BAR_COLUMNS = 45  # of all but the figures, with six digits for each number of updates
+
+
+def fitting(words: Sequence[str], columns: int) -> str:
+    """As many of the words, without repetitions, as fit into so many columns."""
+    text = ""
+    for word in dict.fromkeys(words):
+        longer = f"{text} {word}".lstrip()
+        if len(longer) > columns:
+            break
+        text = longer
+    return text
+
+
+def _postfix_columns() -> int:
+    return shutil.get_terminal_size().columns - _BAR_COLUMNS
 
 
 class RunLog:
@@ -55,8 +77,12 @@ class RunLog:
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
             _trim_summary(self.path.with_name(SUMMARY), first_epoch)
+            self.say("loading the first batch")
+            self.first_line = threading.Timer(FIRST_LINE_S, self._say_how_far)
+            self.first_line.daemon = True
+            self.first_line.start()
             if sys.stderr.isatty():
-                self.bar = tqdm(total=total_updates, initial=first_update, dynamic_ncols=True, unit="step")
+                self.bar = tqdm(total=total_updates, initial=first_update, dynamic_ncols=True, bar_format=_BAR)
 
     def step(self, num_images: int) -> None:
         """Count one update that trained on ``num_images`` images."""
@@ -69,6 +95,7 @@ class RunLog:
         """Append values of an interval to the log and show them."""
         if not self.path:
             return
+        self.first_line.cancel()
         now_s = time.perf_counter()
         if self.images:
             values = {"images_per_s": self.images / (now_s - self.mark_s), **values}
@@ -77,9 +104,11 @@ class RunLog:
         self.records.append(values)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
-        text = " ".join(f"{key} {value:.4g}" for key, value in values.items() if isinstance(value, float))
-        if self.bar:
-            self.bar.set_postfix_str(text)
+        figures = {key: f"{key} {value:.4g}" for key, value in values.items() if isinstance(value, float)}
+        text = " ".join(figures.values())
+        if self.bar and "epoch" not in values:
+            first = [figures[key] for key in self.train_columns if key in figures]
+            self.bar.set_postfix_str(fitting([*first, *figures.values()], _postfix_columns()))
         else:
             eta_s = (now_s - self.start_s) / max(1, self.done - self.first) * (self.total - self.done)
             self.say(f"[{self.done}/{self.total} eta {eta_s:.0f}s] {text}")
@@ -99,6 +128,10 @@ class RunLog:
         eval_row = {name: metrics.get(name) for name in self.eval_columns}
         update_summary(epoch, train_row, eval_row, self.path.with_name(SUMMARY), lr=lr, log_wandb=self.log_wandb)
 
+    def _say_how_far(self) -> None:
+        done = self.done - self.first
+        self.say(f"[{self.done}/{self.total}] {done} updates in the first {FIRST_LINE_S:g} s")
+
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
         if self.path:
@@ -113,6 +146,8 @@ class RunLog:
 
     def close(self) -> None:
         """End the bar."""
+        if self.path:
+            self.first_line.cancel()
         if self.bar:
             self.bar.close()
 

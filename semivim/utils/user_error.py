@@ -11,7 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from semivim.utils.terminal import escape, escape_lines, libraries_are_escaped
+from semivim.utils.process_faults import process_fault
+from semivim.utils.terminal import (
+    escape,
+    escape_lines,
+    escape_what_the_output_cannot_encode,
+    libraries_are_escaped,
+)
 
 
 class UserError(ValueError):
@@ -23,7 +29,9 @@ class UserError(ValueError):
 
 @contextmanager
 def user_errors_end_the_program(prog: str, debug: bool = False) -> Iterator[None]:
-    """End the process with one line and exit status 2 where the block raises a :class:`UserError` or fills the disk.
+    """End the process with one line and status 2 where the block raises a :class:`UserError` or fills the disk.
+
+    The same for the end of another process of the run (see ``process_fault``), with status 1.
 
     What libraries log or warn of inside the block is escaped.
 
@@ -31,29 +39,33 @@ def user_errors_end_the_program(prog: str, debug: bool = False) -> Iterator[None
         prog: Name of the program, which the line starts with.
         debug: Print the traceback before the line.
     """
+    escape_what_the_output_cannot_encode()
     try:
         with libraries_are_escaped():
             yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, UserError) as error:
+        known, status = _in_one_line(error)
+        if known is None:
             raise
         if debug:
-            _print_traceback()
-        fail(prog, UserError(f"{error.filename or 'the output'}: the disk is full"))
-    except UserError as error:
-        if debug:
-            _print_traceback()
-        fail(prog, error)
+            sys.stderr.write(escape_lines(traceback.format_exc()))
+        fail(prog, known, status)
 
 
-def _print_traceback() -> None:
-    sys.stderr.write(escape_lines(traceback.format_exc()))
+def _in_one_line(error: OSError | RuntimeError | UserError) -> tuple[UserError | None, int]:
+    """The error of a line that ends the program, None for a bug, and the exit status."""
+    if isinstance(error, UserError):
+        return error, 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{error.filename or 'the output'}: the disk is full"), 2
+    fault = process_fault(error)
+    return (UserError(fault), 1) if fault else (None, 1)
 
 
-def fail(prog: str, error: UserError) -> NoReturn:
-    """Print the line of a user's mistake and exit with status 2."""
+def fail(prog: str, error: UserError, status: int = 2) -> NoReturn:
+    """Print the line of a user's mistake and exit, with status 2 by default."""
     sys.stderr.write(f"{prog}: error: {escape(user_line(error))}\n")
-    sys.exit(2)
+    sys.exit(status)
 
 
 def user_line(error: UserError) -> str:

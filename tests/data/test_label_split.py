@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semivim.data.label_split import LabelSplit, complete_split, load_split, long_tail, make_split, save_split
+from semivim.data.label_split import (
+    LabelSplit,
+    complete_split,
+    draw_validation,
+    load_split,
+    long_tail,
+    make_split,
+    save_split,
+)
 
 
 def balanced(per_class=100, num_classes=5):
@@ -62,10 +70,55 @@ def test_a_rare_class_keeps_a_label_unless_asked_otherwise():
     assert "classes without labels: 1 (1); balanced accuracy cannot exceed 50.0%" in split.report()
 
 
+def test_a_class_of_few_images_gives_all_of_them_and_is_named(caplog):
+    labels = np.array([0] * 30 + [1] * 3 + [2] * 30 + [3])
+    split = make_split(labels, 4, per_class=20, class_names=["ant", "bee", "cat", "dog"])
+    assert split.labels_per_class.tolist() == [20, 3, 20, 1]
+    assert caplog.messages == ["--labels-per-class 20: 2 classes have fewer images: 'bee' 3, 'dog' 1"]
+    caplog.clear()
+    assert make_split(labels, 4, per_class=1).labels_per_class.tolist() == [1, 1, 1, 1]
+    assert not caplog.messages
+
+
+def test_messages_name_classes():
+    labels, names = np.array([0] * 9 + [2]), ["ant", "bee", "cat"]
+    with pytest.raises(ValueError, match="1 of 3 classes have no labelled image: 'bee'; --min-per-class 0 accepts"):
+        make_split(labels, 3, fraction=0.5, class_names=names)
+    with pytest.raises(ValueError, match="--imb-n1 wants 2 images of class 'bee', only 0 are left"):
+        make_split(labels, 3, imb_n1=2, class_names=names)
+    split = make_split(labels, 3, fraction=0.5, min_per_class=0, class_names=names)
+    assert "classes without labels: 1 ('bee'); balanced" in split.report()
+
+
+def test_validation_images_are_a_share_of_every_class_and_nothing_else(tmp_path):
+    labels = np.array([0] * 40 + [1] * 10 + [2] * 2 + [3] + [-1] * 5)
+    held_out = draw_validation(labels, 4, 0.2, seed=3)
+    assert np.bincount(labels[held_out], minlength=4).tolist() == [8, 2, 1, 0]
+    assert draw_validation(labels, 4, 0.2, seed=3).tolist() == held_out.tolist()
+    assert draw_validation(labels, 4, 0.2, seed=4).tolist() != held_out.tolist()
+    assert set(held_out) < set(draw_validation(labels, 4, 0.5, seed=3))
+    split = make_split(labels, 4, per_class=1, seed=3, validation=held_out)
+    assert set(split.labelled) == set(make_split(labels, 4, per_class=1, seed=3).labelled)
+    parts = [split.labelled, split.unlabelled, split.validation]
+    assert np.concatenate(parts).tolist() != sorted(np.concatenate(parts)) and len(np.concatenate(parts)) == len(labels)
+    assert np.array_equal(np.unique(np.concatenate(parts)), np.arange(len(labels)))
+    save_split(split, tmp_path)
+    read = load_split(tmp_path, labels, 4)
+    assert (read.validation == split.validation).all() and read.sha256 == split.sha256
+    assert "validation: 11 images held out" in read.report()
+    (tmp_path / "validation.txt").unlink()
+    with pytest.raises(ValueError, match="is damaged: sha256"):
+        load_split(tmp_path, labels, 4)
+    with pytest.raises(ValueError, match="1 images are to train on and to validate, the first is image 3"):
+        complete_split(labels, 4, [3, 45, 51, 52], [1], validation=[3])
+    with pytest.raises(ValueError, match="no class has two images"):
+        draw_validation(np.array([0, 1, -1]), 2, 0.5)
+
+
 def test_more_classes_than_the_data_set_has():
     split = make_split(balanced(10, 2), 3, per_class=4, min_per_class=0)
     assert split.labels_per_class.tolist() == [4, 4, 0]
-    with pytest.raises(ValueError, match="1 of 3 classes have no labelled image: 2; min_per_class=0 accepts"):
+    with pytest.raises(ValueError, match="1 of 3 classes have no labelled image: 2; --min-per-class 0 accepts"):
         make_split(balanced(10, 2), 3, per_class=4)
     with pytest.raises(
         ValueError, match="11 of 12 classes have no labelled image: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...;"
@@ -126,20 +179,22 @@ def test_long_tailed_split_takes_labelled_first_and_may_reverse_the_rest():
         ({"fraction": float("nan")}, "got nan"),
         ({"per_class": 0}, "none of the 500 images is labelled"),
         ({"fraction": 0.001, "min_per_class": 0}, "none of the 500 images is labelled"),
-        ({"per_class": -1}, "per_class must not be negative, got -1"),
-        ({"per_class": 101}, "per_class wants 101 images of class 0, only 100 are left"),
-        ({"fraction": 0.1, "min_per_class": -1}, "min_per_class must not be negative, got -1"),
-        ({"per_class": 4, "min_per_class": -1}, "min_per_class must not be negative, got -1"),
-        ({"per_class": 4, "min_per_class": 2}, "min_per_class is 2, which only fraction reads; with per_class it is"),
+        ({"per_class": -1}, "--labels-per-class must not be negative, got -1"),
+        ({"fraction": 0.1, "min_per_class": -1}, "--min-per-class must not be negative, got -1"),
+        ({"per_class": 4, "min_per_class": -1}, "--min-per-class must not be negative, got -1"),
+        (
+            {"per_class": 4, "min_per_class": 2},
+            "--min-per-class is 2, which only --label-fraction reads; with --labels-per-class it is",
+        ),
         ({"fraction": 0.1, "imb_m1": 5}, "imb_m1 is 5, but read only with imb_n1"),
         ({"fraction": 0.1, "imb_factor_l": 5.0}, "imb_factor_l is 5.0, but read only with imb_n1"),
         ({"per_class": 4, "imb_factor_u": -5.0}, "imb_factor_u is -5.0, but read only with imb_n1"),
         ({"imb_n1": 10, "imb_factor_u": 5.0}, "imb_factor_u is 5.0, but read only with imb_m1"),
-        ({"imb_n1": 0}, "imb_n1 must be at least 1, got 0"),
-        ({"imb_n1": 10, "imb_factor_l": 0.5}, "imb_factor_l must be at least 1"),
+        ({"imb_n1": 0}, "--imb-n1 must be at least 1, got 0"),
+        ({"imb_n1": 10, "imb_factor_l": 0.5}, "--imb-factor-l must be at least 1"),
         ({"imb_n1": 10, "imb_factor_l": 100}, "have no labelled image: 3, 4"),
-        ({"imb_n1": 60, "imb_m1": 60}, "imb_m1 wants 60 images of class 0, only 40 are left"),
-        ({"imb_n1": 60, "imb_m1": 4, "imb_factor_u": 0.0}, "imb_factor_u must be at least 1, or at most -1"),
+        ({"imb_n1": 60, "imb_m1": 60}, "--imb-m1 wants 60 images of class 0, only 40 are left"),
+        ({"imb_n1": 60, "imb_m1": 4, "imb_factor_u": 0.0}, "--imb-factor-u must be at least 1, or at most -1"),
         ({"per_class": 1, "seed": -1}, "seed=-1"),
     ],
 )
@@ -151,7 +206,7 @@ def test_arguments_that_cannot_be(arguments, message):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, 1, 2], "label 2 of image 2 is out of range for num_classes=2"),
+        ([0, 1, 2], "label 2 of image 2 is out of range for --num-classes 2"),
         ([0, -2, 1], "label -2 of image 1"),
         ([0, 0, 0], "1 of 2 classes have no labelled image: 1"),
     ],

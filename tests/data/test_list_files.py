@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from semivim.data.list_files import read_list, split_from_lists
+from semivim.data.list_files import listed_classes, read_list, split_from_lists
 from semivim.data.sources import open_source, open_unlabelled_folder
 
 NAMES = [f"train/n0{c}/n0{c}_{i}.png" for c in range(3) for i in (2, 10, 1)]
@@ -116,7 +116,7 @@ def test_list_that_is_no_text(source, tmp_path):
         (["n00_7.png"], "'n00_7.png' is not an image below"),
         (["n00/n00_1.png 3"], "line 1: label 3 is out of range for --num-classes 3"),
         (["n00/n00_1.png -2"], "line 1: label -2 is out of range"),
-        (["n00/n00_1.png 1"], "line 1: class 1, but the data set has .*n00/n00_1.png as 0"),
+        (["n00/n00_1.png 1"], "line 1: class 'n01', but the data set has .*n00/n00_1.png as 'n00'"),
         (["n00/n00_1.png 0", "n01/n01_1.png 1", "n00_1.png"], "line 3: .*n00_1.png is listed before, in line 1"),
         (["Index", "9"], "line 2: index '9' is out of range for 9 images"),
         (["Index", "0", "-1"], "line 3: index '-1' is out of range"),
@@ -196,3 +196,63 @@ def test_a_list_may_be_all_that_is_known_of_the_labels(write_images, write_list)
     with pytest.raises(ValueError, match="1 of 2 classes have no labelled image: 0"):
         split_from_lists(source, 2, write_list("0.png 1"))
     assert len(split_from_lists(source, 2, write_list("0.png 1"), min_per_class=0).labelled) == 1
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["image_id,label", "n01_10.png,1", "n00/n00_2.png,0"],
+        ["label,extra,File_Name", "n01,x,n01_10", "n00,,n00/n00_2"],
+        ["id,class", "n01/n01_10,n01", '"n00_2",n00'],
+        ["n01_10.png,1", "n00_2.png,0"],
+        ["n01_10, n01", "# a comment", "n00_2, n00"],
+        ["n01_10\tn01", "n00_2 n00"],
+        ["# name and class", "n01_10 1", "n00_2 0"],
+        ["filename,label", "n01_10.png,1.0", "n00_2.png,0.0"],
+    ],
+    ids=lambda lines: lines[0],
+)
+def test_names_and_labels_as_people_write_them(lines, source, write_list):
+    listed = read_list(write_list(*lines, name="list.csv"), source, 3)
+    assert [source.names[i] for i in listed.positions] == ["n01/n01_10.png", "n00/n00_2.png"]
+    assert listed.labels.tolist() == [1, 0]
+
+
+def test_names_alone_in_a_table_and_names_with_commas(write_images, write_list):
+    source = open_unlabelled_folder(str(write_images(["a,b.png", "c.png", "d.png", "d.jpg"])))
+    assert listed_names(source, write_list("path", "c.png", '"a,b.png"')) == ["c.png", "a,b.png"]
+    assert listed_names(source, write_list("a,b.png", "c.png,2")) == ["a,b.png", "c.png"]
+    with pytest.raises(ValueError, match="line 1: 'd' is the name of several images"):
+        listed_names(source, write_list("d,1"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["image_id,label", "n01_10,n1"],
+            r"line 2: 'n1' is not a class \(did you mean 'n01'\?\): wanted one of n00, n01",
+        ),
+        (["image_id,label", "n01_10"], "line 2: wanted a cell for each column of the header, got 'n01_10'"),
+        (["photo,label", "n01_10,n01"], "line 1: no column of images among photo, label: wanted image_id, image, "),
+        (["image_id,label", "n01_10,n00"], "line 2: class 'n00', but the data set has .*n01_10.png as 'n01'"),
+        (["n01_10,n01,x"], "line 1: 'n01_10,n01,x' is not an image below"),
+    ],
+)
+def test_tables_that_cannot_be(lines, message, source, write_list):
+    with pytest.raises(ValueError, match=message):
+        read_list(write_list(*lines), source, 3)
+
+
+def test_a_number_that_is_also_a_name_means_what_the_data_set_says(write_images, write_list):
+    source = open_source("", str(write_images(["1/a.png", "2/b.png", "c.png"])), ".")
+    assert read_list(write_list("a,1", "b,1"), source, 2).labels.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="line 1: '1' is the name of class 0 and the number of another"):
+        read_list(write_list("c,1"), source, 2)
+
+
+def test_classes_of_a_list(write_list):
+    assert listed_classes(write_list("image_id,label", "a,dog10", "b,dog9", "c,dog10")) == ["dog9", "dog10"]
+    assert listed_classes(write_list("a.png cat", "b c.png dog", "d.png dog")) == ["cat", "dog"]
+    assert listed_classes(write_list("a.png 1", "b.png 0")) is None
+    assert listed_classes(write_list("a b.png", "c.png")) is None

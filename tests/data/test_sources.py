@@ -1,6 +1,7 @@
 import builtins
 import os
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -8,15 +9,17 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import STL10
 
+from semivim.data.source_parts import check_sources, join_sources
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
-    check_sources,
-    join_sources,
     open_source,
     open_unlabelled_folder,
 )
+from tests.hub_client import shared_client, shared_hub
+from tests.hub_server import Fault
 
 FOLDERS = ["train/cat/1.png", "train/cat/2.png", "train/dog/3.png", "val/cat/4.png", "val/dog/5.png"]
 
@@ -109,6 +112,50 @@ def test_hugging_face_dataset(write_images, tmp_path, monkeypatch):
         source.image(0)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the table open
+def test_hugging_face_labels_of_text_become_classes(write_images, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = write_images(["train/1.png", "train/2.png", "train/3.png"])
+    (root / "train" / "metadata.csv").write_text("file_name,label\n1.png,dog\n2.png,cat\n3.png,dog\n")
+    source = open_source(f"hfds/{root}", str(tmp_path / "cache"), "train", num_classes=2)
+    assert (source.labels.tolist(), source.class_names) == ([1, 0, 1], ["cat", "dog"])
+
+
+def test_a_hugging_face_data_set_that_the_hub_does_not_give_is_one_line():
+    hub = shared_hub()
+    hub.fault = Fault("(GET|HEAD) /", 500)
+    code = "from semivim.data import open_source\nopen_source('hfds/org/nothing', split='train')"
+    try:
+        answer = shared_client().run(code)
+    finally:
+        hub.fault = None
+    assert re.match(rf"HubError: org/nothing: {hub.url}/.*: 500 Internal Server Error", answer.line)
+    assert answer.seconds < 20
+
+
+def test_stl10_brings_its_unlabelled_images(tmp_path, monkeypatch):
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for name, count in (("train", 4), ("unlabeled", 6), ("test", 2)):
+        np.full((count, 3, 96, 96), count, dtype=np.uint8).tofile(folder / f"{name}_X.bin")
+    np.array([1, 2, 10, 1], dtype=np.uint8).tofile(folder / "train_y.bin")
+    np.array([3, 4], dtype=np.uint8).tofile(folder / "test_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    with pytest.raises(
+        ValueError, match="dataset 'torch/stl10' in --data-dir '.*', split 'train': Dataset not found or corrupted"
+    ):
+        open_source("torch/stl10", str(tmp_path), "train")
+    monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
+    train, test = (open_source("torch/stl10", str(tmp_path), split) for split in ("train", "validation"))
+    assert train.labels.tolist() == [0, 1, 9, 0] + [-1] * 6
+    assert (train.num_classes, test.labels.tolist()) == (10, [2, 3])
+    assert [train.image(i).getpixel((0, 0)) for i in (0, 9)] == [(4, 4, 4), (6, 6, 6)]
+    check_sources(train, test, "validation")
+    with pytest.raises(ValueError, match="split 'trian' of 'torch/stl10' does not exist"):
+        open_source("torch/stl10", str(tmp_path), "trian")
+
+
 def test_digits_are_1297_and_50_of_each_class():
     train, test = open_source("embedded/digits", split="train"), open_source("embedded/digits", split="validation")
     assert (len(train), len(test)) == (1297, 500)
@@ -144,7 +191,7 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
         ("hfids/mnist", "is a stream"),
         ("TFDS/cifar10", "is a stream"),
         ("embedded/letters", "wanted 'embedded/digits'"),
-        ("embedded/digits", "data_dir='.*' is not read with dataset 'embedded/digits'"),
+        ("embedded/digits", "--data-dir '.*' is not read with dataset 'embedded/digits'"),
         ("trch/cifar10", "'trch/cifar10' is not known; wanted '' .*, 'torch/<name>', 'hfds/<name>', 'wds/<name>'"),
         ("cifar10", "'cifar10' is not known"),
         ("/cifar10", "'/cifar10' is not known"),
@@ -160,12 +207,16 @@ def test_sources_that_cannot_be(tmp_path, dataset, message):
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        ("embedded/digits", {"class_map": "map.txt"}, "class_map='map.txt' is not read with dataset 'embedded/digits'"),
-        ("torch/fashion_mnist", {"class_map": "map.txt"}, "class_map='map.txt' is not read"),
-        ("torch/fashion_mnist", {"target_key": "coarse"}, "target_key='coarse' is not read"),
-        ("wds/toy", {"class_map": "map.txt"}, "class_map='map.txt' is not read"),
-        ("", {"target_key": "coarse"}, "target_key='coarse' is not read with dataset ''"),
-        ("folder", {"download": True}, "download=True is not read"),
+        (
+            "embedded/digits",
+            {"class_map": "map.txt"},
+            "--class-map 'map.txt' is not read with dataset 'embedded/digits'",
+        ),
+        ("torch/fashion_mnist", {"class_map": "map.txt"}, "--class-map 'map.txt' is not read"),
+        ("torch/fashion_mnist", {"target_key": "coarse"}, "--target-key 'coarse' is not read"),
+        ("wds/toy", {"class_map": "map.txt"}, "--class-map 'map.txt' is not read"),
+        ("", {"target_key": "coarse"}, "--target-key 'coarse' is not read with dataset ''"),
+        ("folder", {"download": True}, "--dataset-download True is not read"),
     ],
 )
 def test_options_that_nothing_reads(dataset, options, message):
@@ -175,7 +226,7 @@ def test_options_that_nothing_reads(dataset, options, message):
 
 def test_split_needs_a_folder_of_its_own(write_images):
     root = write_images(["validation/cat/1.png", "validation/dog/2.png", ".hidden/cat/3.png"])
-    wanted = r"split 'trian' has no folder of its own in data_dir '.*', which holds validation; '\.' is data_dir itself"
+    wanted = r"split 'trian' has no folder of its own in --data-dir '.*', which holds validation; where its folders are"
     for dataset in ("", "folder", "torch/image_folder"):
         with pytest.raises(ValueError, match=wanted):
             open_source(dataset, str(root), "trian")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from semivim.data.source_parts import join_sources
 from semivim.data.sources import (
     ImageSource,
     UnreadableImageError,
     _range_said,
-    join_sources,
     open_source,
     open_unlabelled_folder,
 )
@@ -122,6 +122,22 @@ def test_unreadable_images_are_named(write_images, damage):
     with pytest.raises(UnreadableImageError, match=r"b/bad.png is unreadable: \S"):
         source.image(1)
     assert grey(source, 0) == 0
+
+
+def test_a_huge_jpeg_is_shrunk_while_it_is_decoded_and_its_warning_names_it(tmp_path, caplog, monkeypatch):
+    Image.new("RGB", (1600, 1200), (9, 99, 199)).save(tmp_path / "huge.jpg")
+    Image.new("RGB", (150, 120), (9, 99, 199)).save(tmp_path / "small.jpg")
+    source = open_unlabelled_folder(str(tmp_path))
+    assert [source.image(i).size for i in range(2)] == [(1600, 1200), (150, 120)]
+    source.least_side = 100
+    assert [source.image(i).size for i in range(2)] == [(200, 150), (150, 120)]
+    assert max(abs(a - b) for a, b in zip(source.image(0).getpixel((3, 3)), (9, 99, 199), strict=True)) <= 2
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    caplog.clear()
+    for _ in range(2):
+        source.image(0)
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path}/huge.jpg: Image size (1920000 pixels) exceeds limit")
 
 
 def test_a_line_of_pixels_is_refused_before_it_is_enlarged(tmp_path):

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from timm.data import resolve_input_data_config
 
 import semivim  # noqa: F401
 from semivim.flags import model_flags
@@ -13,6 +14,8 @@ from semivim.flags.parser import Parser, parse_flags
 from semivim.models import vim
 from semivim.runs.checkpoint import save_model
 from semivim.utils.user_error import UserError
+from tests.hub_client import shared_client, shared_hub
+from tests.hub_server import Fault
 
 
 def parse(words):
@@ -65,12 +68,6 @@ def test_what_the_user_can_mend_is_one_line(words, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_vmamba"])
-def test_ssmixup_says_that_it_needs_a_vim(name):
-    with pytest.raises(UserError, match=f"^--pseudo-mixup ss mixes .* which --model {name} lacks: name a Vim"):
-        create(f"--model {name}", ssmixup_c="own", ssmixup_layers=None)
-
-
 def test_scope_of_training_is_that_of_the_flag():
     trained = [name for name, p in create("--tune-scope head").named_parameters() if p.requires_grad]
     assert trained == ["head.weight", "head.bias"]
@@ -81,6 +78,70 @@ def test_scope_of_training_is_that_of_the_flag():
 def test_a_model_of_any_size_gets_its_size_from_the_images():
     assert create("--model test_vmamba --img-size 48")(torch.zeros(1, 3, 48, 48)).shape == (1, 7)
     assert create("--model test_vmamba --input-size 1 32 64")(torch.zeros(1, 1, 32, 64)).shape == (1, 7)
+
+
+def test_a_network_of_convolutions_takes_images_of_any_size():
+    assert create("--model test_resnet --img-size 48")(torch.zeros(1, 3, 48, 48)).shape == (1, 7)
+    args = parse("--model test_resnet --input-size 1 48 64")
+    model = model_flags.create_model(args, num_classes=7)
+    assert resolve_input_data_config(model, vars(args))["input_size"] == (1, 48, 64)
+    assert model(torch.zeros(1, 1, 48, 64)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model vgg11 --drop-path 0.1", "^--model vgg11 does not take --drop-path$"),
+        (
+            "--model test_resnet --model-kwargs depth=2",
+            r"^--model test_resnet --model-kwargs {.depth.: 2}: .*unexpected keyword argument .depth.$",
+        ),
+        ("--model test_resnet --gp magic", "^--model test_resnet: .*Invalid pool type: magic"),
+        ("--model dla46x_c --grad-checkpointing", "^--grad-checkpointing: --model dla46x_c does not support it$"),
+    ],
+)
+def test_what_another_model_does_not_take_is_named_by_its_flag(words, message):
+    with pytest.raises(UserError, match=message):
+        create(words)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_vmamba"])
+def test_ssmixup_needs_a_vim(name):
+    with pytest.raises(UserError, match=f"--model {name} does not take --pseudo-mixup ss: SSMixup needs a Vim"):
+        create(f"--model {name}", ssmixup_c="own", ssmixup_layers=None)
+
+
+CREATE = """
+from semivim.flags.model_flags import add_model_flags, create_model
+from semivim.flags.data_flags import add_augmentation_flags
+from semivim.flags.parser import Parser
+parser = Parser()
+add_model_flags(parser, model="")
+add_augmentation_flags(parser)
+create_model(parser.parse_args(words), 3)
+"""
+
+
+@pytest.mark.parametrize("words", [["--model", "test_vit", "--pretrained"], ["--model", "hf-hub:org/nothing"]])
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        (500, r"500 Internal Server Error: the Hub failed, try again later .*\(3 tries\)"),
+        (404, "404 Not Found"),
+        ("hang", r"no answer in time \(3 tries\)"),  # as a refused port and offline mode, see test_hub_session.py
+    ],
+)
+def test_a_hub_that_fails_is_one_line_soon(words, kind, cause):
+    hub = shared_hub()
+    hub.fault = Fault("(GET|HEAD) /", kind)
+    try:
+        answer = shared_client().run(CREATE, words=words)
+    finally:
+        hub.fault = None
+    assert re.fullmatch(
+        rf"HubError: (hf-hub:)?{words[1].removeprefix('hf-hub:')}: {hub.url}/.*: {cause}.*", answer.line
+    )
+    assert answer.seconds < 15
 
 
 @pytest.mark.parametrize("words", ["", "--model-kwargs depth=2", "--initial-checkpoint {folder}/w.pth"])
@@ -97,6 +158,22 @@ def test_a_bug_inside_the_model_is_no_mistake_of_the_users(kind, words, tmp_path
     with pytest.raises(kind) as error:
         create(words.format(folder=tmp_path))
     assert not isinstance(error.value, UserError)
+
+
+def test_a_process_that_hangs_is_waited_for_as_long_as_the_flag_says(monkeypatch, tmp_path):
+    def init(args):
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        args.distributed = True
+        return torch.device("cpu")
+
+    monkeypatch.setattr(model_flags, "init_distributed_device", init)
+    try:
+        model_flags.open_device(parse("--dist-timeout 7"))
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == 7
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_weights_of_another_model_are_named(tmp_path):

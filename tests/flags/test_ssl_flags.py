@@ -3,7 +3,7 @@ import timm
 
 from semivim.data import View
 from semivim.flags import ssl_flags
-from semivim.flags.data_flags import add_augmentation_flags
+from semivim.flags.data_flags import add_augmentation_flags, add_dataset_flags
 from semivim.flags.model_flags import add_ema_flags
 from semivim.flags.parser import Parser
 from semivim.flags.ssl_flags import add_semi_supervised_flags
@@ -15,6 +15,7 @@ SPLIT = ["--labels-per-class", "4"]
 
 def make_parser():
     parser = Parser(prog="train", allow_abbrev=False)
+    add_dataset_flags(parser)
     add_ema_flags(parser)
     add_semi_supervised_flags(parser)
     return parser
@@ -74,13 +75,6 @@ def test_wrong_value_is_refused_where_it_is_read(words, capsys):
     ("words", "message"),
     [
         (
-            "--ssl-method supervised --threshold 0.9",
-            "--threshold is read only with a --ssl-method other than supervised",
-        ),
-        ("--ssl-method supervised --unlabeled-weight 2", "--unlabeled-weight is read only with a --ssl-method other"),
-        ("--ssl-method supervised --strong-reprob 0", "--strong-reprob is read only with a --ssl-method other"),
-        ("--ssl-method fixmatch --lyap-gamma 5", "--lyap-gamma is read only with --ssl-method lyapema, got 5"),
-        (
             "--lyap-mode literal --no-model-ema-warmup",
             "--model-ema-warmup is read only with --lyap-mode default, got False",
         ),
@@ -105,6 +99,41 @@ def test_wrong_value_is_refused_where_it_is_read(words, capsys):
     ],
 )
 def test_flag_without_effect_or_against_another_is_one_line(words, message, capsys):
+    assert refusal(capsys, [*SPLIT, *words.split()]).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        (
+            "--ssl-method supervised --strong-aa v0 --threshold 0.9 --lyap-gamma 5 --pseudo-mixup ss --ssmixup-nu 1",
+            "--threshold, --strong-aa, --pseudo-mixup, --ssmixup-nu, --lyap-gamma",
+        ),
+        ("--ssl-method fixmatch --lyap-gamma 5 --lyap-radius 1", "--lyap-gamma, --lyap-radius"),
+        ("--ssl-method ema-teacher --lyap-mode literal --model-ema-decay 0.9", "--lyap-mode"),
+    ],
+)
+def test_what_only_another_method_reads_is_named_in_one_line(words, unused, caplog):
+    args = parse([*SPLIT, *words.split()])
+    assert caplog.messages == [f"--ssl-method {args.ssl_method} leaves unused: {unused}"]
+    assert args.ssl_method != "supervised" or ssl_flags.ssmixup_kwargs(args) == {}
+
+
+def test_a_heap_needs_no_split_flag(capsys):
+    assert ssl_flags.make_split_kwargs(parse(["--unlabeled-dir", "heap"]))["fraction"] == 1.0
+    assert ssl_flags.make_split_kwargs(parse(["--unlabeled-dir", "heap", *SPLIT]))["fraction"] is None
+    assert refusal(capsys, []).startswith("give one of --label-fraction")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--val-fraction 0.1 --val-list f", "give one of --val-fraction and --val-list, got both"),
+        ("--val-fraction 0.1 --val-split test", "--val-split is read only with neither --val-fraction nor --val-list"),
+        ("--val-fraction 1", "argument --val-fraction: 1 is not a finite number in (0, 1)"),
+    ],
+)
+def test_validation_images_come_from_one_place(words, message, capsys):
     assert refusal(capsys, [*SPLIT, *words.split()]).startswith(message)
 
 
@@ -137,6 +166,7 @@ def test_what_has_an_effect_is_taken(words):
 
 def all_flags(words):
     parser = Parser(prog="train", allow_abbrev=False)
+    add_dataset_flags(parser)
     add_augmentation_flags(parser)
     add_ema_flags(parser)
     add_semi_supervised_flags(parser)

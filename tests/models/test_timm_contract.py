@@ -282,7 +282,9 @@ def test_pruning_keeps_the_taps_and_leaves_nothing_unused(name):
         pyramid = not hasattr(model, "blocks")
         assert isinstance(pruned.norm, nn.Identity) == (prune_norm or (pyramid and index < last))
         assert torch.equal(pruned.forward_intermediates(x, indices=take)[1][0], taps[index])
-        features, maps = pruned.train().forward_intermediates(x, indices=take)  # routers of tokens learn in training only
+        features, maps = pruned.train().forward_intermediates(
+            x, indices=take
+        )  # routers of tokens learn in training only
         (features.sum() + maps[0].sum()).backward()
         assert not [key for key, p in pruned.named_parameters() if p.grad is None]
         pruned.eval()

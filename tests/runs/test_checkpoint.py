@@ -361,3 +361,13 @@ def test_sigkill_while_writing_never_loses_the_last_checkpoint(tmp_path):
     process.wait()
     process.stdout.close()
     load_training_checkpoint(tmp_path / "last.pth.tar")
+
+
+def test_strided_and_tied_weights_are_saved_as_what_they_are(tmp_path):
+    model = timm.create_model("test_vim", num_classes=3).to(memory_format=torch.channels_last)
+    model.blocks[1].mixer.in_proj.weight = model.blocks[0].mixer.in_proj.weight
+    assert not model.patch_embed.proj.weight.is_contiguous()
+    save_model(model, tmp_path)
+    read = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict()
+    assert all(torch.equal(value, read[name]) for name, value in model.state_dict().items())
+    assert not model.patch_embed.proj.weight.is_contiguous()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from semivim.runs.progress import Progress, add_up, sum_over_ranks
+from semivim.runs.progress import Progress, add_up, mean_over_ranks, sum_over_ranks
 
 
 def test_updates_add_up_in_the_interval_and_in_the_epoch():
@@ -47,3 +47,13 @@ def test_sums():
     add_up(sums, {"a": torch.tensor(2.0), "b": torch.tensor(5.0)})
     assert sums == {"a": 3.0, "b": 5.0}
     assert sum_over_ranks({3: 2}) == {3: 2}
+
+
+def test_figures_are_averaged_over_the_ranks(monkeypatch):
+    mine = {"loss": torch.tensor(1.0), "batches": torch.tensor(2.0)}
+    assert mean_over_ranks(mine) == mine
+    other = torch.tensor([2.0, 4.0], dtype=torch.float64)  # of batches and loss
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.add_(other))
+    assert mean_over_ranks(mine) == {"batches": 2.0, "loss": 2.5}

@@ -1,6 +1,13 @@
+import io
 import json
+import re
+import sys
+import time
 
-from semivim.runs.run_log import RunLog, read_jsonl
+import pytest
+
+from semivim.runs import run_log
+from semivim.runs.run_log import RunLog, fitting, read_jsonl
 
 
 def test_log_lines_and_records(tmp_path, capsys):
@@ -10,8 +17,9 @@ def test_log_lines_and_records(tmp_path, capsys):
     log.record({"teacher_top1": 50.0})
     log.close()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("[1/4 eta ")
-    assert "loss_labelled 1.5" in lines[0]
+    assert lines[0] == "loading the first batch"
+    assert lines[1].startswith("[1/4 eta ")
+    assert "loss_labelled 1.5" in lines[1]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["update"] == 1
     assert records[0]["images_per_s"] > 0
@@ -53,3 +61,45 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     log.record({"loss": 1.0})
     log.say("hello")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_bar_is_readable_and_evaluations_stay_on_screen(columns, tmp_path, capsys, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 24))
+    log = RunLog(tmp_path, total_updates=100_000, train_columns=("loss_labelled", "loss_unlabelled"))
+    log.bar.mininterval = 0
+    for _ in range(500):
+        log.step(8)
+    figures = {"lr": 0.1234567, "loss_labelled": 1.234567, "loss_unlabelled": 2.345678, "alpha": 0.999123, "v": 123.4}
+    log.record(figures)
+    log.bar.refresh()
+    shown = screen.getvalue().split("\r")[-1]
+    assert len(shown) <= columns
+    assert re.search(r"\|.{10}\| 500/100000 \[.*left, loss_labelled 1\.235", shown), shown
+    assert shown.endswith("]")
+    log.record({"epoch": 3, "teacher_balanced_acc": 51.25})
+    assert "teacher_balanced_acc 51.25" in capsys.readouterr().out
+    assert "teacher_balanced_acc" not in screen.getvalue()
+    log.close()
+
+
+def test_words_that_fit():
+    assert fitting(["aa", "b", "aa", "ccc"], 4) == "aa b"
+    assert fitting(["aa", "b"], 1) == fitting(["aa"], -5) == ""
+
+
+def test_a_slow_first_batch_is_not_silent(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_log, "FIRST_LINE_S", 0.05)
+    log = RunLog(tmp_path, total_updates=4)
+    time.sleep(0.3)
+    log.close()
+    assert capsys.readouterr().out.splitlines()[1:] == ["[0/4] 0 updates in the first 0.05 s"]
+    log = RunLog(tmp_path, total_updates=4)
+    log.record({"loss": 1.0})
+    time.sleep(0.2)
+    assert "in the first" not in capsys.readouterr().out
+    log.close()
