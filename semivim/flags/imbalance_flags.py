@@ -65,6 +65,8 @@ def _check_imbalance(parser: Parser, args: argparse.Namespace) -> None:
             f"--debias-pseudo {args.debias_pseudo:g} and --pseudo-prior {args.pseudo_prior} correct the same bias: "
             "give one"
         )
+    if args.logit_adjust_tau and args.posthoc_debias == "labeled":
+        parser.error("--posthoc-debias labeled removes the labels' prior, which --logit-adjust-tau has removed already")
     semi_supervised = args.ssl_method != "supervised"
     means = args.debias_pseudo or args.pseudo_prior == "estimated" or args.threshold_mode != "fixed"
     conditions = {

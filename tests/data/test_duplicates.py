@@ -6,7 +6,8 @@ from PIL import Image
 
 from semivim.data import duplicates
 from semivim.data.duplicates import describe_duplicates
-from semivim.data.sources import ImageSource, join_sources, open_source, open_unlabelled_folder
+from semivim.data.source_parts import join_sources
+from semivim.data.sources import ImageSource, open_source, open_unlabelled_folder
 from tests.data.test_wds_shards import png, write_shard
 
 

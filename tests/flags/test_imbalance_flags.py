@@ -35,6 +35,7 @@ def test_defaults_are_the_plain_rule():
         ("--posthoc-tau 0", "argument --posthoc-tau: 0 is not"),
         ("--pseudo-prior uniform", "argument --pseudo-prior: invalid choice"),
         ("--debias-pseudo 1 --logit-adjust-tau 1 --pseudo-prior labeled", "correct the same bias: give one"),
+        ("--logit-adjust-tau 1 --posthoc-debias labeled", "which --logit-adjust-tau has removed already"),
         ("--ssl-method supervised --debias-pseudo 1", "--debias-pseudo is read only with a --ssl-method other"),
         ("--ssl-method supervised --soft-pseudo-labels", "--soft-pseudo-labels is read only with a --ssl-method other"),
         ("--ssl-method supervised --threshold-mode freematch", "--threshold-mode is read only with a --ssl-method"),

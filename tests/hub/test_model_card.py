@@ -176,11 +176,7 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
         ("metrics.json", "[]", "wanted a mapping, got list"),
         ("metrics.json", {"teacher": None}, "metrics.json: wanted a mapping teacher, got NoneType"),
         ("metrics.json", {"best": {}}, "metrics.json: best lacks epoch"),
-        (
-            "metrics.json",
-            {"best": {"epoch": 1, "model": "x"}},
-            "wanted teacher or student or .* as best.model, got 'x'",
-        ),
+        ("metrics.json", {"best": {"epoch": 1, "model": "x"}}, "wanted teacher or .* as best.model, got 'x'"),
         ("metrics.json", {"split": {"sha256": ""}}, "split lacks num_labelled, num_unlabelled, labels_per_class"),
         ("metrics.json", {"student": {"per_class_recall": [1.0]}}, "wanted a list of 5 .* student.per_class_recall"),
         ("metrics.json", {"best": {"epoch": 1, "top1": [1]}}, r"wanted a number as best.top1, got \[1\]"),
