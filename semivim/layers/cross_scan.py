@@ -35,6 +35,13 @@ def transposed(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
 
+class ScanNorm(nn.LayerNorm):
+    """Layer norm in the dtype of its input, under autocast and with weights of lower precision, too."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return F.layer_norm(y, self.normalized_shape, self.weight.to(y.dtype), self.bias.to(y.dtype), self.eps)
+
+
 class SS2D(nn.Module):
     """Mix a map by selective scans in four directions, whose sum is normalised.
 
@@ -73,7 +80,7 @@ class SS2D(nn.Module):
         self.dt_projs_bias = nn.Parameter(torch.empty(DIRECTIONS, inner, **dd))
         self.A_logs = nn.Parameter(torch.empty(DIRECTIONS * inner, d_state, **dd))
         self.Ds = nn.Parameter(torch.empty(DIRECTIONS * inner, **dd))
-        self.out_norm = nn.LayerNorm(inner, eps=1e-5, **dd)
+        self.out_norm = ScanNorm(inner, eps=1e-5, **dd)
         self.out_proj = Linear(inner, dim, **dd)
         self._init_scans()
 
@@ -104,15 +111,10 @@ class SS2D(nn.Module):
         if self.gated:
             x, z = x.chunk(2, dim=-1)
         u = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).contiguous()
-        y = self.normalise(self.scan(u)).to(u.dtype)
+        y = self.out_norm(self.scan(u)).to(u.dtype)
         if self.gated:
             y = y * F.silu(z)
         return self.out_proj(y)
-
-    def normalise(self, y: Tensor) -> Tensor:
-        """Apply ``out_norm`` in the dtype of the scans."""
-        norm = self.out_norm
-        return F.layer_norm(y, norm.normalized_shape, norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps)
 
     def scan(self, u: Tensor) -> Tensor:
         """Sum of the four scans of a convolved map ``(b, h, w, d)``, float32 (float64 stays)."""

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semivim.layers import cross_scan
@@ -142,4 +142,15 @@ def test_a_step_bias_below_half_precision_still_counts():
 def test_the_norm_is_that_of_the_release_for_small_values_too():
     mixer, y = make_mixer(), 1e-3 * torch.randn(1, ROWS, COLUMNS, 2 * DIM)
     scaled = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-    assert_close("y", mixer.normalise(y), scaled * mixer.out_norm.weight + mixer.out_norm.bias)
+    assert_close("y", mixer.out_norm(y), scaled * mixer.out_norm.weight + mixer.out_norm.bias)
+
+
+def test_every_layer_is_called():
+    """Hooks see it, and a layer may be wrapped, as adapters do."""
+    mixer, x, called = make_mixer(gated=True), torch.randn(1, ROWS, COLUMNS, DIM), []
+    expected = mixer(x)
+    for name, layer in list(mixer.named_children()):
+        layer.register_forward_hook(lambda *_, name=name: called.append(name))
+        setattr(mixer, name, nn.Sequential(layer))
+    assert torch.equal(mixer(x), expected)
+    assert sorted(called) == ["conv2d", "in_proj", "out_norm", "out_proj"]
