@@ -126,9 +126,9 @@ class DynamicMamba(BidirectionalMamba):
         on = logits > 0
         gates = on.to(logits.dtype)
         chosen = on.tolist()  # the one wait for the device
+        if not any(map(any, chosen)):  # nothing to compute, or no image
+            return torch.zeros_like(x), gates
         if chosen.count(chosen[0]) == len(chosen):  # all alike: nothing is sorted
-            if not any(chosen[0]):
-                return torch.zeros_like(x), gates
             xz = self.in_proj(x) if xz is None else xz
             return self.out_proj(_mix(xz, weights, chosen[0])), gates
         groups = {kind: [i for i, choice in enumerate(chosen) if choice == list(kind)] for kind in _KINDS}

@@ -114,7 +114,7 @@ class DyVM(Vim):
         """Set the share of patches that each router keeps; no weight depends on it.
 
         Args:
-            ratio: In (0, 1]; 1 keeps all patches and leaves the routers out.
+            ratio: In (0, 1]; 1 keeps all patches and leaves the routers out of evaluation. Training still draws.
         """
         self._set_keep_ratios(ratio)
         update_model_args(self, token_ratio=ratio)

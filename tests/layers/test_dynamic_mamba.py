@@ -58,7 +58,7 @@ def test_images_get_the_directions_that_they_chose(mixer, backend, branches, mon
     assert gates.tolist() == [[0, 1], [1, 1], [0, 0], [1, 0], [1, 1], [0, 1]]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_a_batch_of_one_mind(mixer, batch, choice, monkeypatch):
     choose(mixer, monkeypatch, [choice] * batch)
