@@ -12,6 +12,7 @@ from torchvision.ops import FeaturePyramidNetwork
 import train_ssl
 from semivim.layers import SS2D
 from semivim.models import VMamba
+from semivim.models.vmamba import Downsample
 from semivim.models.vmamba_weights import checkpoint_filter_fn
 from semivim.ops import use_backend
 from semivim.task.semi_supervised import METHODS
@@ -152,6 +153,22 @@ def test_autocast_stays_close_and_scans_in_float32(name, dtype):
         low = model.to(dtype)(golden["x"].to(dtype))
     assert low.dtype == dtype and set(seen) == {torch.float32}
     assert nn.functional.cosine_similarity(low.float().flatten(), golden["logits"].flatten(), 0) > 0.998
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_narrow_maps_are_halved_as_they_are_in_float64(columns, dtype):
+    """A bfloat16 convolution of torch reads beyond a map that is narrower than its kernel."""
+    torch.manual_seed(3)
+    layer, x = Downsample(8, 16, None, None), torch.randn(2, 64, columns, 8)
+    seed, results = torch.randn(2, 32, (columns + 1) // 2, 16), []
+    for kind in (torch.float64, dtype):
+        inputs = x.to(kind).requires_grad_()
+        y = layer.to(kind)(inputs)
+        results.append([y, *torch.autograd.grad(y, [inputs, *layer.parameters()], seed.to(kind))])
+    for expected, actual in zip(*results, strict=True):
+        assert expected.shape == actual.shape
+        assert nn.functional.cosine_similarity(actual.double().flatten(), expected.flatten(), 0) > 0.999
 
 
 def test_initial_weights_are_vmambas():
