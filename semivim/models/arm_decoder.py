@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semivim.layers import BidirectionalMamba, insert_middle, remove_middle
-from semivim.models.vim import Vim
+from semivim.models.vim import Block, Vim
 
 DIRECTIONS = ("forward", "both")
 HEAD_DIM = 64
@@ -236,7 +236,7 @@ class ArmModel(nn.Module):
         decoder_depth: int = 4,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, Vim):
+        if not isinstance(backbone, Vim) or not all(isinstance(block, Block) for block in backbone.blocks):
             raise ValueError(f"backbone is a {type(backbone).__name__}, wanted a Vim, whose scan has one direction too")
         if directions not in DIRECTIONS:
             raise ValueError(f"directions is {directions!r}, wanted one of {', '.join(DIRECTIONS)}")

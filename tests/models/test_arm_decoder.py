@@ -335,6 +335,7 @@ def test_class_token_has_no_position_and_patches_the_fixed_one():
     ("make", "message"),
     [
         (lambda: ArmModel(nn.Linear(1, 1)), "backbone is a Linear, wanted a Vim"),
+        (lambda: ArmModel(timm.create_model("test_dyvm", num_classes=0)), "backbone is a DyVM, wanted a Vim"),
         (lambda: make_model(directions="backward"), "directions is 'backward', wanted one of forward, both"),
         (lambda: make_model(cluster=3), "cluster is 3, wanted a divisor of the grid 4 x 4"),
         (lambda: make_model(patch_stride=4), r"patches of \(8, 8\) pixels stand \(4, 4\) apart"),
