@@ -86,7 +86,7 @@ from semivim.task.ssl_figures import (
 from semivim.utils.metrics import describe_groups, evaluate, shot_groups
 from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.stop_signal import StopSignal
-from semivim.utils.user_error import user_errors_end_the_program
+from semivim.utils.user_error import UserError, user_errors_end_the_program
 
 # What a resumed run may not change, with the flags that set it.
 FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio", "img_size", "input_size")} | {
@@ -175,6 +175,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
 
     # Student
     model = create_model(args, num_classes, **classifier_kwargs(args), **ssmixup_kwargs(args)).to(device)
+    if trained_by := getattr(model, "trained_by", None):
+        raise UserError(f"--model {args.model} has losses of its own: train it by {trained_by}")
     data_config = resolve_preprocessing(model, f"--model {args.model}", vars(args))
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
     loader, eval_loader, sample = create_loaders(

@@ -298,6 +298,7 @@ BAD = [
     (["--resume", "nowhere/last.pth.tar"], r"no checkpoint at nowhere/last\.pth\.tar"),
     (["--model", "vim_nonesuch"], r"vim_nonesuch"),
     (["--model", "test_vit", "--img-size", "32"], r"SSMixup needs a Vim"),
+    (["--model", "test_dyvm", "--img-size", "32", "--pseudo-mixup", "none"], "train it by benchmarks/train_dyvm.py"),
     (["--amp"], r"--amp-dtype float16 needs a GPU"),
     (["--mixup", "0.2", "-b", "15"], r"--batch-size must be even, got 15"),
     (["--pseudo-mixup", "none", "--ssmixup-nu", "0.5"], r"--ssmixup-nu is read only with --pseudo-mixup ss"),

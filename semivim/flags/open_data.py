@@ -40,10 +40,11 @@ def open_data(args: argparse.Namespace, split_folder: Path | None) -> tuple[Imag
         UserError: If images are missing, labels or lists do not suit them, or a split cannot be drawn.
     """
     holds_out = bool(args.val_fraction or args.val_list)
-    source = open_source(split=args.train_split, is_whole=holds_out, **source_kwargs(args))
+    options = {"num_classes": args.num_classes, **source_kwargs(args)}
+    source = open_source(split=args.train_split, is_whole=holds_out, **options)
     if args.labeled_list and not source.num_classes:
         source.class_names = listed_classes(args.labeled_list)
-    val_source = None if holds_out else open_source(split=args.val_split, **source_kwargs(args))
+    val_source = None if holds_out else open_source(split=args.val_split, **options)
     num_classes = args.num_classes or source.num_classes
     check_sources(source, val_source, args.val_split, num_classes)
     listed = source  # lists name images of the dataset, before others join it

@@ -76,6 +76,8 @@ class DyVM(Vim):
             given.
     """
 
+    trained_by = "benchmarks/train_dyvm.py"  # other scripts leave out the losses of tokens and directions
+
     def __init__(
         self,
         pruning_loc: tuple[int, ...] = (6, 12, 18),
