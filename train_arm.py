@@ -57,7 +57,7 @@ from semivim.models.arm_decoder import ArmModel, copy_forward_direction, set_fix
 from semivim.runs.checkpoint import save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
-from semivim.runs.progress import Progress, sum_over_ranks
+from semivim.runs.progress import Progress, mean_over_ranks, sum_over_ranks
 from semivim.runs.report import Panel, save_images, write_report
 from semivim.runs.run_folder import CURVES, METRICS, PREDICTIONS, WEIGHTS
 from semivim.task.arm import ArmTask, held_out_loss, predicted_images
@@ -114,9 +114,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     against = {  # values that make way for what is given
         "img_size": args.input_size,
         "lr": args.lr_base != RECIPE["lr_base"],
+        "sched_on_updates": args.sched == "plateau",
     }
     demo = {} if args.dataset or args.data_dir or args.unlabeled_dir else DEMO
-    if demo or args.input_size:
+    if demo or any(against.values()):
         parser = build_parser()
         args = parse_flags(parser, argv, {k: v for k, v in (RECIPE | demo).items() if not against.get(k)})
     parser.check(args)
@@ -202,7 +203,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     epoch_updates = args.train_batches_per_epoch or max(1, num_images // per_update)
     sizes = {"images": num_images, "images_per_update": per_update, "updates_per_epoch": epoch_updates}
     found.check_unchanged(config | sizes, FIXED if args.no_resume_opt else FIXED | FIXED_OPTIMIZER)
-    optimizer, scheduler, epochs = create_optimizer(args, model, epoch_updates, per_update)
+    optimizer, scheduler, epochs = create_optimizer(args, model, epoch_updates, per_update, decreasing_metric=True)
     autocast, scaler = mixed_precision(args, device)
     clip = clip_kwargs(args)
 
@@ -284,7 +285,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 scheduler.step_update(progress.num_updates)
             log.step(per_update)
             if progress.num_updates % args.log_interval == 0:
-                log.record({"lr": mean_lr(optimizer), **means(progress.interval)})
+                log.record({"lr": mean_lr(optimizer), **means(mean_over_ranks(progress.interval))})
                 progress.interval = {}
             if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
                 progress.unreadable = sum_over_ranks(loader.unreadable)
@@ -299,7 +300,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
             metrics = held_out_loss(model, eval_loader, autocast)
             log.record({"epoch": epoch, "held_out_loss": metrics["loss"], "loss_of_zero": metrics["loss_of_zero"]})
-        epoch_means = means(progress.epoch)
+        epoch_means = means(mean_over_ranks(progress.epoch))
         scheduler.step(epoch + 1, metrics.get("loss"))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
         log.epoch(epoch, epoch_means, metrics, mean_lr(optimizer))

@@ -83,6 +83,7 @@ from semivim.task.ssl_figures import (
     pseudo_label_summary,
     task_figures,
 )
+from semivim.task.tune_scope import limit_training
 from semivim.utils.metrics import describe_groups, evaluate, shot_groups
 from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.stop_signal import StopSignal
@@ -177,6 +178,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     model = create_model(args, num_classes, **classifier_kwargs(args), **ssmixup_kwargs(args)).to(device)
     if trained_by := getattr(model, "trained_by", None):
         raise UserError(f"--model {args.model} has losses of its own: train it by {trained_by}")
+    limit_training(model, args.tune_scope)
     data_config = resolve_preprocessing(model, f"--model {args.model}", vars(args))
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
     loader, eval_loader, sample = create_loaders(

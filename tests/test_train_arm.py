@@ -230,7 +230,8 @@ BAD = [
     (["--model", "vim_nonesuch"], r"vim_nonesuch"),
     (["--amp"], r"--amp-dtype float16 needs a GPU"),
     (["--directions", "both", "-b", "1"], r"--batch-size must be 2 or more, got 1"),
-    (["--sched", "plateau"], r"plateau steps every epoch"),
+    (["--sched", "plateau", "--sched-on-updates"], r"plateau steps every epoch"),
+    (["--tune-scope", "head"], r"unrecognized arguments: --tune-scope head"),
     (["--num-classes", "5"], r"unrecognized arguments: --num-classes 5"),
     (["--resume", "nowhere/last.pth.tar"], r"no checkpoint at nowhere/last\.pth\.tar"),
 ]
@@ -251,18 +252,28 @@ def test_demo_values_make_way_for_what_is_given():
     assert train_arm.parse_args(["--data-dir", "x", "--input-size", "3", "64", "48"]).img_size is None
 
 
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+def test_plateau_waits_for_a_falling_loss(tmp_path, monkeypatch):
+    losses = iter([1.0, 0.9, 0.8, 0.7, 0.7, 0.7])
+    monkeypatch.setattr(train_arm, "held_out_loss", lambda *_: {"loss": next(losses), "loss_of_zero": 1.0})
+    flags = ["--sched", "plateau", "--patience-epochs", 1, "--decay-rate", 0.5, "--lr", 0.01, "--epochs", 6]
+    run(tmp_path / "run", *flags, "--train-batches-per-epoch", 1)
+    assert [float(row["lr"]) for row in rows(tmp_path / "run")] == pytest.approx([0.01] * 5 + [0.005])
+
+
 def test_bfloat16_runs(tmp_path):
     assert run(tmp_path / "run", "--amp", "--amp-dtype", "bfloat16", "--epochs", 1)["pretraining"]["loss"] < 2
 
 
 RANKS = """
-import sys, torch, torch.distributed as dist, train_arm
+import json, pathlib, sys, torch, torch.distributed as dist, train_arm
 
-step, seen = train_arm.optimizer_step, []
+step, seen, losses = train_arm.optimizer_step, [], []
 
 def checked_step(task, batches, *args, **options):
     seen.append(batches[0][0].views[0].sum().item())
     result = step(task, batches, *args, **options)
+    losses.append(result.figures["loss"].item())
     mine = torch.cat([p.detach().flatten() for p in task.model.parameters()])
     first = mine.clone()
     dist.broadcast(first, 0)
@@ -273,9 +284,11 @@ destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
 train_arm.optimizer_step = checked_step
 results = train_arm.main(sys.argv[1:])
 parts = [None] * dist.get_world_size()
-dist.all_gather_object(parts, (seen, results["pretraining"]["loss"]))
+dist.all_gather_object(parts, (seen, results["pretraining"]["loss"], losses))
 assert not set(parts[0][0]) & set(parts[1][0]), "ranks train on the same images"
 assert parts[0][1] == parts[1][1], "ranks evaluate apart"
+if dist.get_rank() == 0:
+    pathlib.Path("losses.json").write_text(json.dumps([parts[0][2], parts[1][2]]))
 destroy()
 """
 
@@ -287,6 +300,9 @@ def test_two_processes_train_one_model(directions, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, str(tmp_path / "ranks.py"), *flags, "--epochs", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["updates"] == 3
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = zip(*json.loads((tmp_path / "losses.json").read_text()), strict=True)
+    assert [r["loss"] for r in records if "loss" in r] == pytest.approx([sum(pair) / 2 for pair in losses])

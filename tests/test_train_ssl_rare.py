@@ -135,6 +135,18 @@ def test_third_stage_starts_student_and_teacher_from_the_seconds_teacher(tmp_pat
     assert config["logit_adjustment"] == {"by": "loss", "tau": 1.0}
 
 
+def test_scope_of_training_is_that_of_the_flag(tmp_path, monkeypatch):
+    create, trained = train_ssl.create_optimizer, []
+
+    def recorded(args, model, *rest):
+        trained.extend(name for name, p in model.named_parameters() if p.requires_grad)
+        return create(args, model, *rest)
+
+    monkeypatch.setattr(train_ssl, "create_optimizer", recorded)
+    run(tmp_path / "run", *LONG_TAIL, "--tune-scope", "head", "--epochs", "1")
+    assert trained == ["head.weight", "head.bias"]
+
+
 @pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
 def test_any_timm_model_is_a_student(model, tmp_path):
     size = ["--img-size", "32"] if model == "test_vit" else ["--input-size", "1", "32", "32"]

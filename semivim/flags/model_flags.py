@@ -20,7 +20,7 @@ from semivim.flags.parser import COUNT, POSITIVE, SHARE, Name, Number, Parser, a
 from semivim.hub.hub_session import hub_session, is_hub_error
 from semivim.hub.model_folder import check_config, find_folder
 from semivim.runs.run_folder import CONFIG
-from semivim.task.tune_scope import TUNE_SCOPES, limit_training
+from semivim.task.tune_scope import TUNE_SCOPES
 from semivim.utils.files import check_weights_file
 from semivim.utils.model_options import MAX_CLASSES, check_name, check_options
 from semivim.utils.preprocessing import MAX_SIDE_PX
@@ -75,6 +75,9 @@ def add_model_flags(parser: Parser, model: str, classifier: bool = True) -> None
     if classifier:
         group.add_argument("--num-classes", type=CLASSES, default=None, help="number of classes, else the data's")
         group.add_argument("--gp", default=None, metavar="POOL", help="global pool type, else the model's")
+        group.add_argument(
+            "--tune-scope", default="all", choices=TUNE_SCOPES, help="what trains; ssm: scans, class token and head"
+        )
     group.add_argument("--img-size", type=SIDE_PX, default=None, help="image side in pixels, else the model's")
     group.add_argument("--in-chans", type=Number(kind=int), choices=[1, 3], default=None, help="image channels, else 3")
     group.add_argument(
@@ -129,9 +132,6 @@ def add_model_flags(parser: Parser, model: str, classifier: bool = True) -> None
         const="inductor",
         metavar="BACKEND",
         help="torch.compile, by inductor if no other is named",
-    )
-    group.add_argument(
-        "--tune-scope", default="all", choices=TUNE_SCOPES, help="what trains; ssm: scans, class token and head"
     )
     group.add_argument("--torchcompile-mode", default=None, choices=COMPILE_MODES, help="what it is tuned for")
     parser.checks.append(_check_model)
@@ -201,7 +201,6 @@ def create_model(args: argparse.Namespace, num_classes: int, **options: Any) -> 
     with hub_session(args.model, keep_others=True):
         given = _suitable(args, given)
         model = _load(args, files, weights | given)
-    limit_training(model, args.tune_scope)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing(enable=True)

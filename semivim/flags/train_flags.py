@@ -158,7 +158,11 @@ def scaled_lr(args: argparse.Namespace, global_batch: int) -> float:
 
 
 def create_optimizer(
-    args: argparse.Namespace, model: torch.nn.Module, epoch_updates: int, images_per_update: int
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    epoch_updates: int,
+    images_per_update: int,
+    decreasing_metric: bool = False,
 ) -> tuple[torch.optim.Optimizer, Scheduler, int]:
     """Optimizer, schedule of its learning rate, and the epochs of that schedule; writes the rate into ``args.lr``.
 
@@ -167,6 +171,7 @@ def create_optimizer(
         model: What is optimised.
         epoch_updates: Updates of an epoch.
         images_per_update: (Labelled) images of an update, over all processes.
+        decreasing_metric: Whether the metric that plateau watches falls as the model gets better.
 
     Raises:
         UserError: If an option does not suit the optimizer or the schedule.
@@ -174,7 +179,8 @@ def create_optimizer(
     args.lr = scaled_lr(args, images_per_update)
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
-        scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=epoch_updates)
+        schedule = scheduler_kwargs(args, decreasing_metric)
+        scheduler, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=epoch_updates)
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"--opt {args.opt}, --opt-kwargs, --sched {args.sched}: {one_line(error)}") from error
     if args.start_epoch is not None and args.start_epoch >= epochs:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from semivim.loss.class_prior import LEAST_SHARE
@@ -119,7 +120,7 @@ def start_adjusted(model: nn.Module, checkpoint: str, prior: Tensor, tau: float)
 
     Plain cross-entropy left the prior in the head of a checkpoint. It is removed here: the first adjusted loss is then
     the last plain one, and the average labels images as a balanced classifier at once. A head that is adjusted already
-    stays.
+    stays, and so does a new one, beside the weights of a backbone: no prior is in it.
 
     Args:
         model: A timm model; holds the weights of the checkpoint.
@@ -131,11 +132,19 @@ def start_adjusted(model: nn.Module, checkpoint: str, prior: Tensor, tau: float)
     Raises:
         UserError: If the model's head is no linear layer with a bias.
     """
-    if checkpoint and (done := read_adjustment(Path(checkpoint))):
-        _logger.info(f"{checkpoint}: its head is adjusted already ({done}) and stays")
-    elif checkpoint:
-        shift_head(model, prior, tau)
+    if checkpoint and _holds_head(checkpoint, model):
+        if done := read_adjustment(Path(checkpoint)):
+            _logger.info(f"{checkpoint}: its head is adjusted already ({done}) and stays")
+        else:
+            shift_head(model, prior, tau)
     setattr(model, ADJUSTMENT, {"by": "loss", "tau": tau})
+
+
+def _holds_head(checkpoint: str, model: nn.Module) -> bool:
+    """Whether a checkpoint, which the model has loaded, holds weights of its head."""
+    head = {id(p) for p in model.get_classifier().parameters()}  # type: ignore[operator]
+    names = {name for name, p in model.named_parameters() if id(p) in head}
+    return bool(names & load_state_dict(checkpoint).keys())
 
 
 def read_adjustment(checkpoint: Path) -> Mapping[str, Any] | None:

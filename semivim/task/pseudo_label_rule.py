@@ -159,7 +159,8 @@ class PseudoLabelRule:
         """
         if not self.state:
             return
-        total = {name: sums[name].float() for name in SUMS if name in sums}
+        # copied: the sums over ranks are written in place, and the log counts this rank's
+        total = {name: sums[name].to(torch.float32, copy=True) for name in SUMS if name in sums}
         if dist.is_available() and dist.is_initialized():
             for value in total.values():
                 dist.all_reduce(value)

@@ -68,13 +68,6 @@ def test_what_the_user_can_mend_is_one_line(words, message):
     assert "\n" not in str(error.value)
 
 
-def test_scope_of_training_is_that_of_the_flag():
-    trained = [name for name, p in create("--tune-scope head").named_parameters() if p.requires_grad]
-    assert trained == ["head.weight", "head.bias"]
-    with pytest.raises(UserError, match="--tune-scope ssm trains scans"):
-        create("--model test_vit --tune-scope ssm")
-
-
 def test_a_model_of_any_size_gets_its_size_from_the_images():
     assert create("--model test_vmamba --img-size 48")(torch.zeros(1, 3, 48, 48)).shape == (1, 7)
     assert create("--model test_vmamba --input-size 1 32 64")(torch.zeros(1, 1, 32, 64)).shape == (1, 7)

@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import semivim  # noqa: F401  registers the models
@@ -105,10 +106,15 @@ def test_adjusted_training_starts_from_a_plain_head_once(tmp_path):
     }
 
 
-def test_new_head_has_no_prior_to_remove():
-    model = make().eval()
+@pytest.mark.parametrize("checkpoint", ["", "backbone.safetensors", "backbone.pth"])
+def test_new_head_has_no_prior_to_remove(checkpoint, tmp_path):
+    weights = {name: value for name, value in make().state_dict().items() if not name.startswith("head.")}
+    save_file(weights, tmp_path / "backbone.safetensors")
+    torch.save({"state_dict": weights}, tmp_path / "backbone.pth")
+    path = str(tmp_path / checkpoint) if checkpoint else ""
+    model = timm.create_model("test_vim", num_classes=3, checkpoint_path=path).eval()
     before = model.head.bias.detach().clone()
-    start_adjusted(model, "", PRIOR, 1.0)
+    start_adjusted(model, path, PRIOR, 1.0)
     assert torch.equal(model.head.bias, before)
     assert model.logit_adjustment == {"by": "loss", "tau": 1.0}
 

@@ -174,7 +174,10 @@ def commit_halves(options, ranks):
         rule = PseudoLabelRule(K, COUNTS, momentum=0.5, **options)
         for step in range(3):
             rows = logits(seed=step)
-            rule.commit(rule(rows[:3] if rank == 0 else rows[3:]).sums)
+            sums = rule(rows[:3] if rank == 0 else rows[3:]).sums
+            given = {name: value.clone() for name, value in sums.items()}
+            rule.commit(sums)
+            assert all(torch.equal(sums[name], given[name]) for name in given), "the log's sums have changed"
         states.append(rule.state)
     return states
 
