@@ -155,9 +155,11 @@ def create_loaders(
     stream = ImageStream(source, positions, [view(**arm_view_kwargs(args))], args.batch_size, seed=args.seed, **ranks)
     eval_size = args.validation_batch_size or args.batch_size
     held_out = EvaluationLoader(val_source, eval_view, eval_size, positions=val_positions, **loading, **ranks)
-    chosen = val_positions[:: max(1, len(val_positions) // PICTURED)][:PICTURED].tolist()
-    pictured = eval_view.load(eval_view([val_source.image(i) for i in chosen], [0] * len(chosen)), device)
-    return StreamLoader([stream], **loading), held_out, pictured
+    chosen = val_positions[:: max(1, len(val_positions) // PICTURED)][:PICTURED]
+    pictured = next(iter(EvaluationLoader(val_source, eval_view, PICTURED, device, positions=chosen)), None)
+    if pictured is None:
+        raise UserError(f"none of {len(chosen)} held-out images can be read, such as {val_source.describe(chosen[0])}")
+    return StreamLoader([stream], **loading), held_out, pictured.image
 
 
 def create_arm(args: argparse.Namespace) -> ArmModel:

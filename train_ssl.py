@@ -70,10 +70,10 @@ from semivim.flags.train_flags import (
 from semivim.runs.checkpoint import better_model, save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
-from semivim.runs.progress import Progress, mean_over_ranks, sum_over_ranks
+from semivim.runs.progress import Progress, add_over_ranks, mean_over_ranks, sum_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
-from semivim.task.posthoc import debiased_copies, start_adjusted
+from semivim.task.posthoc import debiased_copies, refuse_second_removal, start_adjusted
 from semivim.task.pseudo_label_rule import PseudoLabelRule
 from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_figures import (
@@ -179,6 +179,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     if trained_by := getattr(model, "trained_by", None):
         raise UserError(f"--model {args.model} has losses of its own: train it by {trained_by}")
     limit_training(model, args.tune_scope)
+    refuse_second_removal(args.initial_checkpoint, args.posthoc_debias)
     data_config = resolve_preprocessing(model, f"--model {args.model}", vars(args))
     ratio = 0 if args.ssl_method == "supervised" else args.unlabeled_ratio
     loader, eval_loader, sample = create_loaders(
@@ -313,13 +314,15 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
 
         progress.unreadable = sum_over_ranks(loader.unreadable)
         measured, better = {}, {}
+        epoch_sums = mean_over_ranks(progress.epoch)
+        epoch_means = means(epoch_sums) | task_figures(task)
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
             measured, better = measure()
             shown = {f"{who}_{name}": metrics[name] for name in shown_metrics for who, metrics in measured.items()}
-            log.record({"epoch": epoch, **shown, "pseudo_labels": pseudo_label_figures(progress.epoch)})
-        log.say_once(pseudo_label_summary(progress.epoch, source.class_names).get("fault"))
-        epoch_means = means(mean_over_ranks(progress.epoch)) | task_figures(task)
+            labelling = pseudo_label_figures(epoch_sums, epoch_means)
+            log.record({"epoch": epoch, **shown, "pseudo_labels": labelling})
+        log.say_once(pseudo_label_summary(add_over_ranks(progress.epoch), source.class_names).get("fault"))
         student, teacher = measured.get("student", {}), measured.get("teacher", {})
         scheduler.step(epoch + 1, better.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
@@ -338,7 +341,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         "class_names": source.class_names,
         "split": {"sha256": split.sha256, "labels_per_class": split.labels_per_class.tolist()}
         | {"num_labelled": len(split.labelled), "num_unlabelled": len(split.unlabelled)},
-        "pseudo_labels": pseudo_label_summary(progress.run, source.class_names)
+        "pseudo_labels": pseudo_label_summary(add_over_ranks(progress.run), source.class_names)
         | next((r["pseudo_labels"] for r in reversed(log.records) if "pseudo_labels" in r), {}),
         "unreadable_images": {source.describe(i): n for i, n in progress.unreadable.items()},
         "updates": progress.num_updates,

@@ -14,6 +14,7 @@ as Markdown and draws the figure.
 
 import argparse
 import csv
+import io
 import json
 import shlex
 import shutil
@@ -39,6 +40,7 @@ from semivim.data import ImageSource, LabelSplit, View, make_split, open_source
 from semivim.flags.ssl_flags import make_split_kwargs
 from semivim.layers import remove_middle
 from semivim.runs.run_folder import METRICS, WEIGHTS
+from semivim.utils.files import write_text
 
 HERE = Path(__file__).parent
 MEAN, STD = (0.286,), (0.353,)
@@ -163,13 +165,20 @@ def all_stages(key: tuple[str, str, int], data_dir: str, output: Path) -> list[d
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of whole runs; a run cut short by a kill has fewer than one for each stage."""
+    """Rows of the runs so far, each with one for every stage."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    counts = [tuple(row[name] for name in KEY) for row in rows]
-    return [row for row, key in zip(rows, counts, strict=True) if counts.count(key) == len(STAGES)]
+        return list(csv.DictReader(file))
+
+
+def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the file again with more rows, at once: a kill leaves no part of a run in it."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*read_rows(path), *rows])
+    write_text(path, text.getvalue())
 
 
 def spread(values: list[float]) -> str:
@@ -241,12 +250,7 @@ def main() -> None:
                 if (condition, variant, str(seed)) in done:
                     continue
                 rows = all_stages((condition, variant, seed), args.fashion_mnist, args.output)
-                new = not args.csv.exists()
-                with args.csv.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-                    if new:
-                        writer.writeheader()
-                    writer.writerows(rows)
+                add_rows(args.csv, rows)
                 print(f"{condition}, {variant}, seed {seed}: {rows[-1]['top1']:.1f} %, {rows[-1]['seconds']} s")
 
 

@@ -16,6 +16,7 @@ import train_arm
 import train_ssl
 from semivim.hub.hub import publish
 from semivim.layers import resample_pos_embed
+from semivim.utils.user_error import UserError
 from tests import training
 from tests.arm_training import TINY, run
 from tests.training import ROOT, refused
@@ -206,6 +207,13 @@ def test_images_need_no_labels(flags, count, images, tmp_path, monkeypatch):
     assert results["pretraining"]["loss"] > 0
 
 
+def test_class_folders_without_a_validation_split_are_sent_to_a_flag_of_this_script(images):
+    with pytest.raises(UserError, match=r"where its folders are classes, .* train_arm\.py --unlabeled-dir holds"):
+        train_arm.open_data(train_arm.parse_args(["--data-dir", str(images / "train")]))
+    _, train, _, held_out = train_arm.open_data(train_arm.parse_args(["--unlabeled-dir", str(images / "train")]))
+    assert (len(train), len(held_out)) == (3, 1)
+
+
 def test_a_heap_is_read_by_the_flags_of_pixels(images, monkeypatch):
     monkeypatch.chdir(images)
     source, train, _, held_out = train_arm.open_data(
@@ -220,6 +228,21 @@ def test_unreadable_images_are_skipped_and_counted(images, tmp_path, monkeypatch
     (images / "train" / "cat" / "0.png").write_bytes(b"no image")
     results = run(tmp_path / "run", "--data-dir", ".", "--workers", "0")
     assert list(results["unreadable_images"]) == ["./train/cat/0.png"]
+
+
+def test_unreadable_held_out_images_of_a_heap_are_left_out(images, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(images)
+    for index in range(201):  # the first, the 101st and the 201st are held out
+        (images / "heap" / f"{index:03}.png").write_bytes((images / "heap" / "deep" / "6.png").read_bytes())
+    (images / "heap" / "100.png").write_bytes(b"no image")
+    flags = ["--unlabeled-dir", "heap", "--workers", "0", "--epochs", "1", "-vb", "1"]
+    results = run(tmp_path / "run", *flags)
+    assert 0 < results["pretraining"]["loss"] < 10
+    assert "left out of the evaluation: heap/100.png is unreadable" in caplog.text
+    for name in ("000", "100", "200"):
+        (images / "heap" / f"{name}.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "none", *flags)
 
 
 BAD = [

@@ -465,6 +465,7 @@ def test_ranks_keep_one_student_and_one_teacher_and_share_the_work(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "ddp" / "metrics.json").read_text())
     assert results["updates"] == 3
+    assert results["pseudo_labels"]["seen"] == 24  # 3 updates of 4 unlabelled images on each rank
     assert torch.tensor(results["teacher"]["confusion"]).sum() == 500  # every validation image once, over both
 
 

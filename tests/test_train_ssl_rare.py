@@ -8,7 +8,7 @@ import torch
 
 import semivim  # noqa: F401  registers the models
 import train_ssl
-from tests.training import assert_same_run, run, states
+from tests.training import assert_same_run, refused, run, states
 
 LONG_TAIL = [
     "--imb-n1",
@@ -47,6 +47,8 @@ def test_report_shows_both_heads_and_the_pseudo_labels_of_each_class(debiased):
     figures = stored["pseudo_labels"]
     assert len(figures["recall"]) == len(figures["precision"]) == 10
     assert all(value is None or 0 <= value <= 100 for value in figures["recall"] + figures["precision"])
+    assert {"kept_share", "kept_share_many", "kept_share_medium", "pseudo_entropy", "prior_kl"} <= set(figures["means"])
+    assert all(value >= 0 for value in figures["means"].values())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in records if "loss_labelled" in r]
     wanted = {"kept_share_many", "kept_share_medium", "pseudo_entropy", "prior_kl", "prior_min", "prior_max"}
@@ -64,6 +66,20 @@ def test_saved_model_is_the_debiased_one(debiased):
         _, teacher = states(folder)
         assert not torch.equal(saved.head.bias, teacher["head.bias"])
         assert torch.equal(saved.head.weight, teacher["head.weight"])
+
+
+def test_prior_is_not_removed_again_from_a_debiased_model(debiased, tmp_path, capsys):
+    folder, _ = debiased
+    with refused("wanted a plain one, such as that of last.pth.tar beside it", capsys):
+        run(
+            tmp_path / "again",
+            *LONG_TAIL,
+            "--initial-checkpoint",
+            folder / "model.safetensors",
+            "--posthoc-debias",
+            "labeled",
+        )
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("name", ["debias", "softmatch"])

@@ -1,5 +1,6 @@
 """Evaluation batches: every image with its label, once; and a sample of images without labels."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
@@ -7,15 +8,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from semivim.data.prefetch import prefetch
-from semivim.data.sources import ImageSource
+from semivim.data.sources import ImageSource, UnreadableImageError
 from semivim.data.streams import ImageStream, StreamLoader
 from semivim.data.views import Pixels, View
 from semivim.utils.stop_signal import leave_signals_to_the_parent
+from semivim.utils.terminal import escape
 from semivim.utils.user_error import UserError
+
+_logger = logging.getLogger(__name__)
 
 
 class LabelledBatch(NamedTuple):
@@ -26,18 +31,33 @@ class LabelledBatch(NamedTuple):
 
 
 class _Images(Dataset):
-    """Images with labels in one fixed view; an unreadable one is an error."""
+    """Images with labels in one fixed view; an unreadable one is an error, or left out."""
 
-    def __init__(self, source: ImageSource, view: View, positions: np.ndarray) -> None:
+    def __init__(self, source: ImageSource, view: View, positions: np.ndarray, skip_unreadable: bool) -> None:
         self.source, self.view, self.positions = source, view, positions
+        self.skip_unreadable = skip_unreadable
+        self.warned: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitems__(self, places: list[int]) -> tuple[Pixels, Tensor]:
-        index = self.positions[places]
-        images = [self.source.image(int(position)) for position in index]
-        return self.view(images, [0] * len(images)), torch.from_numpy(self.source.labels[index])
+    def __getitems__(self, places: list[int]) -> tuple[Pixels, Tensor] | None:
+        """Load a batch; None where no image of it can be read."""
+        found = {position: image for position in self.positions[places].tolist() if (image := self._image(position))}
+        if not found:
+            return None
+        return self.view(list(found.values()), [0] * len(found)), torch.from_numpy(self.source.labels[list(found)])
+
+    def _image(self, position: int) -> Image.Image | None:
+        try:
+            return self.source.image(position)
+        except UnreadableImageError as error:
+            if not self.skip_unreadable:
+                raise
+            if position not in self.warned:
+                self.warned.add(position)
+                _logger.warning("left out of the evaluation: %s", escape(str(error)))
+            return None
 
 
 class EvaluationLoader:
@@ -52,10 +72,11 @@ class EvaluationLoader:
         pin_memory: Load batches into page-locked memory, so that copies to a GPU overlap with computation.
         rank: This process, which gets every ``world_size``-th image.
         world_size: Number of processes.
-        positions: Images to take, ``(n,)``, whose labels are not needed; None for all.
+        positions: Images to take, ``(n,)``, whose labels are not needed, without those that cannot be read; None for
+            all.
 
     Raises:
-        UserError: If an image has no known label.
+        UserError: If an image has no known label, and while iterating if one cannot be read.
     """
 
     def __init__(
@@ -75,8 +96,9 @@ class EvaluationLoader:
             first = source.describe(unknown[0])
             raise UserError(f"{len(unknown)} evaluation images have no label, the first is {first}")
         self.view, self.device = view, torch.device(device)
+        chosen = np.arange(len(source)) if positions is None else positions
         self.loader = DataLoader(
-            _Images(source, view, (np.arange(len(source)) if positions is None else positions)[rank::world_size]),
+            _Images(source, view, chosen[rank::world_size], skip_unreadable=positions is not None),
             batch_size=batch_size,
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -88,7 +110,7 @@ class EvaluationLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[LabelledBatch]:
-        return prefetch(self.loader, self._move, self.device)
+        return prefetch((drawn for drawn in self.loader if drawn is not None), self._move, self.device)
 
     def _move(self, drawn: tuple[Pixels, Tensor]) -> LabelledBatch:
         pixels, label = drawn
@@ -130,5 +152,5 @@ def sample_images(
             yield batch.views[0]
 
 
-def _already_collated(batch: Any) -> tuple[Pixels, Tensor]:
+def _already_collated(batch: Any) -> tuple[Pixels, Tensor] | None:
     return batch

@@ -289,7 +289,7 @@ def _split_folder(data_dir: str, split: str) -> str:
     raise UserError(
         f"split {split!r} has no folder of its own in --data-dir {data_dir!r}, which holds "
         f"{', '.join(subfolders[:10]) or 'no folder'}{', ...' if len(subfolders) > 10 else ''}; where its folders are "
-        "classes, --val-fraction 0.1 holds validation images out"
+        "classes, train_ssl.py --val-fraction 0.1 or train_arm.py --unlabeled-dir holds validation images out"
     )
 
 

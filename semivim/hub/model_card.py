@@ -154,6 +154,9 @@ def _check_metrics(metrics: dict[str, Any], num_classes: int, where: str) -> Non
         if role == "best" and entry.get("model", "teacher") not in _MODELS:
             wanted = f"{' or '.join(_MODELS)} as best.model"
             raise UserError(f"{where}: {METRICS}: wanted {wanted}, got {short(entry['model'])}")
+        means = entry.get("means", {})
+        if not (isinstance(means, dict) and all(re.fullmatch("[a-z_]+", k) and _is_number(means[k]) for k in means)):
+            raise UserError(f"{where}: {METRICS}: wanted names and numbers as {role}.means, got {short(means)}")
         _check_patterns(entry, role, where)
         for key in _METRICS:
             if not _is_number(entry.get(key)):
@@ -252,6 +255,8 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
     name = best.get("model", "teacher")
     published = f"{_DEBIASED.get(name, name)} at epoch {best['epoch']}"
     recipe = {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None}
+    pseudo = run.metrics.get("pseudo_labels") or {}
+    pseudo_means = {f"pseudo-labels, {key}": _number(value) for key, value in pseudo.get("means", {}).items()}
     source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
     images = f"{split['num_labelled']} labelled images"
     if args.get("ssl_method") != "supervised":
@@ -302,6 +307,7 @@ On the run's validation split; "published" is the {published}.
 
 {bullets({"data": data, **{f"split {key}": split[key] for key in _SPLIT}})}
 {bullets({**recipe, "epochs run": run.epochs, "semivim": version})}
+{bullets(pseudo_means)}
 
 Every flag is in `args.yaml`, every number in `metrics.json`, every epoch in `summary.csv`.
 

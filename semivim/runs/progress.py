@@ -70,13 +70,19 @@ def add_up(sums: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
 
 def mean_over_ranks(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Average figures over all processes, which all have to call this with the same names and shapes."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    return {name: value / size for name, value in add_over_ranks(figures).items()}
+
+
+def add_over_ranks(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add up figures over all processes, which all have to call this with the same names and shapes."""
     if not dist.is_initialized() or not figures:
         return dict(figures)
     names = sorted(figures)
     device = next((figures[name].device for name in names if figures[name].device.type != "cpu"), None)
     values = torch.cat([figures[name].reshape(-1).to(device or "cpu", torch.float64) for name in names])
     dist.all_reduce(values)
-    parts = (values / dist.get_world_size()).split([figures[name].numel() for name in names])
+    parts = values.split([figures[name].numel() for name in names])
     return {name: part.view(figures[name].shape) for name, part in zip(names, parts, strict=True)}
 
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from semivim.loss.patch_pixels import denormalise_patches, normalise_patches, patch_loss, patchify, unpatchify
 from semivim.runs.progress import Progress
+from semivim.utils.user_error import UserError
 
 
 class ArmTask(TrainingTask):
@@ -98,6 +99,9 @@ def held_out_loss(
 
     Returns:
         ``loss``, and ``loss_of_zero`` to compare it with.
+
+    Raises:
+        UserError: If there is no image.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
@@ -114,6 +118,8 @@ def held_out_loss(
         dist.all_gather_object(parts, sums)
         sums = torch.stack(parts).sum(0)
     loss_sum, zero_sum, count = sums.tolist()
+    if not count:
+        raise UserError("no held-out image can be read, wanted one to evaluate on")
     return {"loss": loss_sum / count, "loss_of_zero": zero_sum / count}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from semivim.loss.class_prior import LEAST_SHARE
 from semivim.runs.checkpoint import ADJUSTMENT
-from semivim.runs.run_folder import CONFIG
+from semivim.runs.run_folder import CONFIG, LAST
 from semivim.utils.files import load_untrusted
 from semivim.utils.user_error import UserError
 
@@ -97,22 +97,37 @@ def debiased_copies(
 
     Returns:
         ``student_debiased`` and ``teacher_debiased``, in eval mode, in which ``by`` and ``tau`` are noted.
-
-    Raises:
-        UserError: If a prior was removed after training before: the second time would favour the rarest classes.
     """
     copies: dict[str, nn.Module] = {}
     for name in ("student", "teacher") if by != "none" else ():
         model = models[name]
         done = getattr(model, ADJUSTMENT, None) or {}
-        if done.get("by") in POSTHOC_PRIORS:
-            raise UserError(f"--posthoc-debias {by}: the head was adjusted so before ({done}), wanted a plain one")
         adjusted = copy.deepcopy(model).eval()
         prior = labelled_prior if by == "labeled" else mean_prediction(adjusted, images(), autocast)
         shift_head(adjusted, prior, tau)
         setattr(adjusted, ADJUSTMENT, {"by": by, "tau": tau, **({"loss_tau": done["tau"]} if done else {})})
         copies[f"{name}_debiased"] = adjusted
     return copies
+
+
+def refuse_second_removal(checkpoint: str, by: str) -> None:
+    """Refuse to remove a prior after training from a head that lost one so before: it would favour the rarest classes.
+
+    Args:
+        checkpoint: Where the model's weights came from; '' for a new model.
+        by: Which prior is to be removed; ``none`` refuses nothing.
+
+    Raises:
+        UserError: If the checkpoint's head lost a prior after training.
+    """
+    if not checkpoint or by == "none":
+        return
+    done = read_adjustment(Path(checkpoint)) or {}
+    if done.get("by") in POSTHOC_PRIORS:
+        raise UserError(
+            f"--posthoc-debias {by}: the head of --initial-checkpoint {checkpoint} lost a prior after training already "
+            f"({done['by']}), wanted a plain one, such as that of {LAST} beside it"
+        )
 
 
 def start_adjusted(model: nn.Module, checkpoint: str, prior: Tensor, tau: float) -> None:

@@ -11,6 +11,7 @@ from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.utils.lyap_ema import LyapEmaV3
 
 LOSSES = ("loss_labelled", "loss_unlabelled")
+PSEUDO_MEANS = ("kept_share", "pseudo_accuracy", "pseudo_entropy", "prior_kl")  # also kept_share_ and a group
 
 
 def batch_figures(result: Mapping[str, Tensor], label: Tensor | None) -> dict[str, Tensor]:
@@ -103,15 +104,17 @@ def pseudo_label_summary(sums: Mapping[str, Tensor], class_names: Sequence[str] 
     return {"seen": seen, "kept": kept, "fault": fault}
 
 
-def pseudo_label_figures(sums: Mapping[str, Tensor]) -> dict[str, Any]:
+def pseudo_label_figures(sums: Mapping[str, Tensor], means: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Recall and precision of the pseudo-labels of each class, in percent; {} without unlabelled images.
 
     Args:
         sums: Sums of :func:`batch_figures`.
+        means: What :func:`interval_means` made of them.
 
     Returns:
         ``recall``: of the images of a class, those that were kept with the right pseudo-label. ``precision``: of the
         images kept with this pseudo-label, those of that class. None where there is no such image of known class.
+        ``means``, if given: those that are about pseudo-labels.
     """
     if "right" not in sums:
         return {}
@@ -121,7 +124,10 @@ def pseudo_label_figures(sums: Mapping[str, Tensor]) -> dict[str, Any]:
         pairs = zip(total["right"], total[whole], strict=True)
         return [100.0 * right / all_ if all_ else None for right, all_ in pairs]
 
-    return {"recall": share("known"), "precision": share("known_pseudo")}
+    figures: dict[str, Any] = {"recall": share("known"), "precision": share("known_pseudo")}
+    if means is not None:
+        figures["means"] = {name: value for name, value in means.items() if name.startswith(PSEUDO_MEANS)}
+    return figures
 
 
 def task_figures(task: SemiSupervisedTask) -> dict[str, float]:

@@ -30,7 +30,9 @@ def opened(root, *words, folder=None):
 
 
 def test_a_flat_folder_holds_out_its_validation_images(flat, tmp_path):
-    with pytest.raises(UserError, match="'train' has no folder of its own in --data-dir.*--val-fraction 0.1 holds"):
+    with pytest.raises(
+        UserError, match="'train' has no folder of its own in --data-dir.*train_ssl.py --val-fraction 0.1"
+    ):
         opened(flat, "--labels-per-class", 2)
     source, val_source, split = opened(flat, "--labels-per-class", 2, "--val-fraction", 0.2)
     assert (len(source), val_source.labels.tolist()) == (21, [0, 0, 1, 1])

@@ -220,6 +220,7 @@ def test_pseudo_labels_and_debiased_models_have_columns(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     metrics["teacher_debiased"] = {**metrics["teacher"], "balanced_acc": 66.5}
     metrics["pseudo_labels"] = {"recall": [99.0, 71.5, None, 0.0, 3.25], "precision": [50.0, 60.0, None, None, 100.0]}
+    metrics["pseudo_labels"]["means"] = {"kept_share_few": 0.25, "prior_kl": 0.125}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     args = yaml.safe_load((tmp_path / "args.yaml").read_text()) | {"debias_pseudo": 1.0}
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(args))
@@ -229,6 +230,11 @@ def test_pseudo_labels_and_debiased_models_have_columns(tmp_path: Path) -> None:
     assert "| pseudo-labels, recall (%) | pseudo-labels, precision (%) |" in card
     assert "| 71.50 | 60.00 |" in card
     assert "- debias pseudo: 1.0" in card
+    assert "- pseudo-labels, kept share few: 0.25\n- pseudo-labels, prior kl: 0.12\n" in card
+    for means in ("much", {"[a](b)": 1.0}, {"prior_kl": "much"}):
+        (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"pseudo_labels": {"means": means}}))
+        with pytest.raises(UserError, match=r"wanted names and numbers as pseudo_labels\.means, got"):
+            read_run(tmp_path)
     metrics["pseudo_labels"]["recall"] = [1.0]
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(UserError, match=r"wanted a list of 5 numbers, one a class, as pseudo_labels\.recall"):

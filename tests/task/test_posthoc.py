@@ -12,7 +12,14 @@ from torch import nn
 
 import semivim  # noqa: F401  registers the models
 from semivim.runs.checkpoint import save_model
-from semivim.task.posthoc import debiased_copies, mean_prediction, read_adjustment, shift_head, start_adjusted
+from semivim.task.posthoc import (
+    debiased_copies,
+    mean_prediction,
+    read_adjustment,
+    refuse_second_removal,
+    shift_head,
+    start_adjusted,
+)
 from semivim.utils.user_error import UserError
 
 PRIOR = torch.tensor([0.7, 0.2, 0.1])
@@ -79,10 +86,16 @@ def test_saved_and_onnx_models_carry_the_adjustment(tmp_path):
 
 
 def test_second_adjustment_after_training_is_refused_and_a_plain_model_is_not_marked(tmp_path):
-    adjusted = copies(make(), "labeled")["teacher_debiased"]
-    with pytest.raises(UserError, match="--posthoc-debias unlabeled: the head was adjusted so before"):
-        copies(adjusted, "unlabeled")
+    checkpoint = str(tmp_path / "model.safetensors")
+    save_model(copies(make(), "labeled")["teacher_debiased"], tmp_path)
+    with pytest.raises(
+        UserError, match=r"--posthoc-debias unlabeled: .* lost a prior after training already \(labeled\)"
+    ):
+        refuse_second_removal(checkpoint, "unlabeled")
+    refuse_second_removal(checkpoint, "none")
+    refuse_second_removal("", "labeled")
     save_model(make(), tmp_path)
+    refuse_second_removal(checkpoint, "labeled")
     assert "logit_adjustment" not in json.loads((tmp_path / "config.json").read_text())
     assert read_adjustment(tmp_path / "model.safetensors") is None
 
