@@ -53,7 +53,7 @@ def publish(
     private: bool = False,
     dry_run: bool = False,
 ) -> Publication:
-    """Upload the best model of a train_ssl.py run, download it into an empty cache, compare logits bit for bit.
+    """Upload the best model of a run, download it into an empty cache, compare logits bit for bit.
 
     Args:
         run_dir: Run folder, with ``model.safetensors`` and ``config.json`` of the best model.
