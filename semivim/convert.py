@@ -57,7 +57,7 @@ def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.Pat
             staged = Path(temporary) / folder.name
             staged.mkdir()
             save_model(model, staged)
-            _compare(model, load_folder(staged, str(folder)))
+            _compare(model, load_folder(staged, str(folder)), checkpoint)
             staged.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {one_line(error)}") from error
@@ -77,10 +77,10 @@ def _build(model_name: str, state: dict[str, Any], entry: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _compare(model: Any, restored: Any) -> None:
+def _compare(model: Any, restored: Any, checkpoint: str | os.PathLike) -> None:
     images = torch.randn(2, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
     logits, again = model(images), restored(images)
     if not logits.isfinite().all():
-        raise UserError("the model gives logits that are not finite")
+        raise UserError(f"{checkpoint}: the model gives logits that are not finite")
     if not torch.equal(logits, again):
         raise UserError(f"the reloaded model's logits differ by {(logits - again).abs().max():.2e}, wanted 0")

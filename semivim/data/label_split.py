@@ -362,7 +362,7 @@ def _take(members: list[np.ndarray], counts: np.ndarray, name: str, class_names:
 _FLAGS = {"fraction": "--label-fraction", "per_class": "--labels-per-class", "imb_n1": "--imb-n1"}
 _HEADER = "# semivim label split {role}: {count} of {images} images, {classes} classes, sha256 {sha256}"
 _HEADER_PATTERN = re.compile(
-    r"# semivim label split (\w+): (\d+) of (\d+) images, (\d+) classes, sha256 ([0-9a-f]{64})"
+    r"# semivim label split (\w+): (\d{1,18}) of (\d{1,18}) images, (\d{1,18}) classes, sha256 ([0-9a-f]{64})"
 )
 
 
@@ -437,8 +437,11 @@ def load_split(
     held_out = [parts["validation"][0]] if "validation" in parts else []
     split = LabelSplit(labels, parts["labelled"][0], parts["unlabelled"][0], num_classes, class_names, *held_out)
     for role, (_, sha256) in parts.items():
-        if split.sha256 != sha256:
-            raise UserError(f"{Path(folder) / role}.txt is damaged: sha256 {split.sha256}, its header says {sha256}")
+        if split.sha256 != sha256:  # which is that of all files together
+            files = " or ".join(f"{other}.txt" for other in parts)
+            raise UserError(
+                f"{folder}: {files} is damaged: sha256 {split.sha256}, the header of {role}.txt says {sha256}"
+            )
     return split
 
 

@@ -14,7 +14,7 @@ import csv
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import numpy as np
 from semivim.data.image_files import file_order, image_extensions
 from semivim.data.label_split import UNKNOWN, LabelSplit, complete_split
 from semivim.data.sources import ImageSource
-from semivim.utils.user_error import UserError, did_you_mean_file
+from semivim.utils.user_error import UserError, did_you_mean_file, one_line
 
 # Headers of the column of images and of the column of labels, in lower case; the first that a table has counts.
 NAME_COLUMNS = ("image_id", "image", "image_path", "filename", "file_name", "filepath", "file", "path", "id", "name")
@@ -96,7 +96,7 @@ def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | 
             the root, or contradicts the source's label; the message names list and line.
     """
     lines = _read_lines(path)
-    entries = _indexed(path, lines, source) if _is_indexed(lines) else _named(path, lines, source, data_dir)
+    entries = _indexed(path, lines, source) if _is_indexed(path, lines) else _named(path, lines, source, data_dir)
     seen: dict[int, int] = {}
     labels = []
     for number, position, label in entries:
@@ -134,8 +134,18 @@ def _is_number(label: str) -> bool:
     return re.fullmatch(r"[+-]?\d+", label) is not None
 
 
-def _is_indexed(lines: Sequence[str]) -> bool:
-    return bool(lines) and "Index" in [column.strip() for column in next(csv.reader(lines[:1]), [])]
+def _is_indexed(path: str, lines: Sequence[str]) -> bool:
+    return any("Index" in [cell.strip() for cell in cells] for _, cells in _cells(path, lines[:1]))
+
+
+def _cells(path: str, lines: Iterable[str], before: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, cells) of a .csv, which has ``before`` lines more above."""
+    rows = csv.reader(lines)
+    try:
+        for cells in rows:
+            yield before + rows.line_num, cells
+    except csv.Error as error:
+        raise UserError(f"list {path!r}, line {before + rows.line_num}: {one_line(error)}") from error
 
 
 def _indexed(path: str, lines: Sequence[str], source: ImageSource) -> Iterator[tuple[int, int, int]]:
@@ -145,17 +155,15 @@ def _indexed(path: str, lines: Sequence[str], source: ImageSource) -> Iterator[t
         # torchvision sorts folders, then files, as text; timm puts x_9 before x_10.
         keys = [os.path.split(name) for name in source.names]
         order = np.array(sorted(range(len(source)), key=keys.__getitem__))
-    rows = csv.reader(lines)
-    column = [name.strip() for name in next(rows)].index("Index")
-    for row in rows:
+    rows = _cells(path, lines)
+    column = [name.strip() for name in next(rows)[1]].index("Index")
+    for number, row in rows:
         if not any(row):
             continue
         value = row[column].strip() if column < len(row) else ""
-        if not re.fullmatch(r"[+-]?\d+", value) or not 0 <= int(value) < len(order):
-            raise UserError(
-                f"list {path!r}, line {rows.line_num}: index {value!r} is out of range for {len(order)} images"
-            )
-        yield rows.line_num, int(order[int(value)]), UNKNOWN
+        if not re.fullmatch(r"[+-]?\d{1,18}", value) or not 0 <= int(value) < len(order):
+            raise UserError(f"list {path!r}, line {number}: index {value!r} is out of range for {len(order)} images")
+        yield number, int(order[int(value)]), UNKNOWN
 
 
 def _named(
@@ -188,7 +196,7 @@ def _rows(path: str, lines: Sequence[str], is_name: Callable[[str], bool]) -> It
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
-        cells = [cell.strip() for cell in next(csv.reader([entry], strict=False))]
+        cells = [cell.strip() for cell in next(_cells(path, [entry], number - 1))[1]]
         if first:
             first = False
             columns = _columns(path, number, cells)
@@ -225,7 +233,7 @@ def _columns(path: str, number: int, cells: Sequence[str]) -> tuple[int, int | N
 def _label(text: str, class_names: Sequence[str] | None, known: int) -> int:
     """Class that a label means, by its number or by its name; ``known`` is what the data set says, -1 for nothing."""
     names = list(class_names or [])
-    number = re.fullmatch(r"([+-]?\d+)(\.0)?", text)  # pandas makes 3.0 of 3 where a label is missing
+    number = re.fullmatch(r"([+-]?\d{1,18})(\.0)?", text)  # pandas makes 3.0 of 3 where a label is missing
     meanings = ([int(number[1])] if number else []) + ([names.index(text)] if text in names else [])
     if not meanings:
         near = difflib.get_close_matches(text, names, n=1)

@@ -33,7 +33,9 @@ from semivim.utils.user_error import UserError, did_you_mean_file
 _logger = logging.getLogger(__name__)
 
 # What Pillow raises on a missing, damaged or oversized image (DecompressionBombError is not an OSError).
-_DECODING_ERRORS = (OSError, SyntaxError, EOFError, TypeError, ValueError, struct.error, Image.DecompressionBombError)
+_DECODING_ERRORS = (
+    OSError, SyntaxError, EOFError, LookupError, TypeError, ValueError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 # What timm's readers raise on unusable data, class maps, keys and options.
 _OPENING_ERRORS = (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) + (

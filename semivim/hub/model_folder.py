@@ -1,5 +1,7 @@
 """Load the model of a folder that holds timm's config and weights, of a run or from the Hub."""
 
+import dataclasses
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +11,7 @@ from typing import Any
 import timm
 import yaml
 from safetensors import SafetensorError
+from timm.models import PretrainedCfg
 from torch import nn
 
 from semivim.hub.hub_session import check_repo_id, fetch
@@ -29,6 +32,8 @@ from semivim.utils.user_error import UserError, one_line, short
 HUB, FOLDER = "hf-hub:", "local-dir:"
 MODEL_FILES = (CONFIG, WEIGHTS)
 _SLACK = Limit(2**24, 100)  # for buffers that a model computes
+_NOT_PRETRAINED_CFG = {"architecture", "num_features", "labels"}
+_FACTORY_ARGS = inspect.signature(timm.create_model).parameters.keys() - {"kwargs"}
 _NUMBERS = ("num_classes", "num_features", "model_args", "pretrained_cfg")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "architecture": str,
@@ -80,7 +85,7 @@ def load_folder(folder: Path, where: str) -> nn.Module:
     check_config(folder, where)
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{where}: the weights do not load: {one_line(error)}") from error
     # where these differ, timm draws the classifier at random
     if (saved := model.pretrained_cfg["num_classes"]) != model.num_classes:
@@ -115,12 +120,19 @@ def check_config(folder: Path, where: str, options: Mapping[str, Any] | None = N
     if not timm.is_model(architecture):
         raise UserError(f"{what}: architecture {architecture!r} is unknown to timm{did_you_mean_model(architecture)}")
     check_numbers({key: config[key] for key in _NUMBERS if key in config}, MAX_CLASSES, what)
-    check_preprocessing(config.get("pretrained_cfg", {}), f"{what}: pretrained_cfg")
+    model_args = config.get("model_args", {})
+    if taken := sorted(model_args.keys() & _FACTORY_ARGS):  # with which timm would load other files, or from the Hub
+        raise UserError(f"{what}: model_args has {taken[0]}, which no model takes")
+    # timm takes the file itself where it lacks the entry
+    pretrained_cfg = config.get("pretrained_cfg", {key: config[key] for key in config.keys() - _NOT_PRETRAINED_CFG})
+    if unknown := pretrained_cfg.keys() - {field.name for field in dataclasses.fields(PretrainedCfg)}:
+        raise UserError(f"{what}: pretrained_cfg has {short(min(unknown))}, which timm does not know")
+    check_preprocessing(pretrained_cfg, f"{what}: pretrained_cfg")
     limit = NO_WEIGHTS_LIMIT
     if (folder / WEIGHTS).is_file():  # a position embedding may be resampled from a smaller grid
         shapes = weights_shapes(folder / WEIGHTS)
         limit = Limit(4 * sum(map(math.prod, shapes)) + _SLACK.elements, 4 * len(shapes) + _SLACK.tensors)
-    given = {**config.get("model_args", {}), **(options or {})}
+    given = {**model_args, **(options or {})}
     check_options(architecture, given, f"{what}: model_args do not suit {architecture}", limit)
 
 

@@ -35,7 +35,7 @@ from semivim.runs.saved_state import check_saved
 from semivim.utils.checksum import seal_checkpoint, seal_safetensors
 from semivim.utils.files import atomic_path, flush, full_disk_is_one_line, load_untrusted, write_text
 from semivim.utils.pixels import PixelRules
-from semivim.utils.user_error import UserError, one_line
+from semivim.utils.user_error import UserError, one_line, short
 
 ADJUSTMENT = "logit_adjustment"  # attribute of a model, and key of config.json: prior removed from its head
 RUN_LAYOUT = 3  # of checkpoints; 1 had the run's position among the task's losses, 2 no sums of the whole run
@@ -117,7 +117,9 @@ class AtomicCheckpointSaver(CheckpointSaver):
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder}: the checkpoint's history is damaged: {one_line(error)}") from error
         if not known or not isinstance(epoch, int):
-            raise UserError(f"{self.folder}: the checkpoint's history is damaged: epoch {epoch!r}, metrics {metrics!r}")
+            raise UserError(
+                f"{self.folder}: the checkpoint's history is damaged: epoch {short(epoch)}, metrics {short(metrics)}"
+            )
         super().load_state_dict(state_dict)
 
     def finish_save(self, epoch: int, metric: float | None) -> None:
@@ -215,10 +217,10 @@ def load_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if lacking := {"state_dict", "optimizer", "args", "saver"} - checkpoint.keys():
         raise UserError(f"{path} is not a training checkpoint: it lacks {', '.join(sorted(lacking))}")
     layout = getattr(checkpoint["args"], "run_layout", 1)
-    if layout != RUN_LAYOUT:
+    if type(layout) is not int or layout != RUN_LAYOUT:
         raise UserError(
-            f"{path} has run layout {layout}, wanted {RUN_LAYOUT}: another version of semivim wrote it; go on with "
-            f"that one, or start a new run from its weights: --initial-checkpoint {path}"
+            f"{path} has run layout {short(layout)}, wanted {RUN_LAYOUT}: another version of semivim wrote it; "
+            f"go on with that one, or start a new run from its weights: --initial-checkpoint {path}"
         )
     return checkpoint
 
@@ -242,15 +244,29 @@ def restore(
         scaler: Of the gradients, if they are scaled.
 
     Raises:
-        UserError: If the checkpoint is another model's or run's (see ``check_saved``).
+        UserError: If the checkpoint is another model's or run's (see ``check_saved``), or the optimizer or the teacher
+            cannot go on from what it holds of them.
     """
-    check_saved(checkpoint, f"--resume {path}: not a checkpoint of this run", task, optimizer, scheduler, scaler)
-    task.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
-    if task.has_ema():
-        task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
+    what = f"--resume {path}: not a checkpoint of this run"
+    check_saved(checkpoint, what, task, optimizer, scheduler, scaler)
+    try:
+        task.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
+        if task.has_ema():
+            task.load_checkpoint_state(checkpoint["state_dict_ema"], checkpoint.get("task_state_ema"), ema=True)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
     if optimizer is not None:
         rates = [group["lr"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise UserError(f"{what}: optimizer: {one_line(error)}") from error
         if not checkpoint["task_state"]["progress"]["num_epochs"]:  # a schedule over epochs sets no other before
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate

@@ -133,7 +133,8 @@ def load_yaml(text: str) -> Any:
     """
     try:
         content = yaml.safe_load(text)
-    except (ValueError, RecursionError) as error:  # a date such as 2026-13-01; thousands of brackets
+    except (AttributeError, LookupError, ValueError, RecursionError) as error:
+        # a date such as 2026-13-01 or !!timestamp x; !!bool x and !!int ''; thousands of brackets
         raise yaml.YAMLError(one_line(error)) from error
     count, stack = 0, [content]
     while stack:

@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from semivim.utils.user_error import UserError, one_line
+from semivim.utils.user_error import UserError, one_line, short
 
 
 class Limit(NamedTuple):
@@ -122,4 +122,4 @@ def check_numbers(value: Any, largest: int, what: str) -> None:
         for part in value:
             check_numbers(part, largest, what)
     elif isinstance(value, int | float) and abs(value) > largest:
-        raise UserError(f"{what} is {value:g}, wanted at most {largest:,}")
+        raise UserError(f"{what} is {short(value)}, wanted at most {largest:,}")

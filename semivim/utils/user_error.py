@@ -85,7 +85,7 @@ def short(value: Any) -> str:
     # aliases in YAML can make a list of billions in a few lines
     bounded = reprlib.Repr()
     bounded.maxlevel, bounded.maxstring, bounded.maxother = 3, 60, 60
-    text = bounded.repr(value)
+    text = " ".join(bounded.repr(value).splitlines())  # a tensor has several
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
