@@ -33,7 +33,7 @@ HUB, FOLDER = "hf-hub:", "local-dir:"
 MODEL_FILES = (CONFIG, WEIGHTS)
 _SLACK = Limit(2**24, 100)  # for buffers that a model computes
 _NOT_PRETRAINED_CFG = {"architecture", "num_features", "labels"}
-_FACTORY_ARGS = inspect.signature(timm.create_model).parameters.keys() - {"kwargs"}
+_FACTORY_ARGS = inspect.signature(timm.create_model).parameters.keys() - {"kwargs"} | {"features_only"}
 _NUMBERS = ("num_classes", "num_features", "model_args", "pretrained_cfg")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "architecture": str,
