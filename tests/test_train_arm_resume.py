@@ -86,7 +86,7 @@ def test_sigterm_ends_a_run_after_its_update_and_it_goes_on_bit_by_bit(whole, tm
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert "Traceback" not in done.stderr
-    assert [file.name for file in find_checkpoints("auto", folder)] == ["recovery-0-2.pth.tar"]
+    assert [file.name for file in find_checkpoints("auto", folder)] == ["recovery-0-2.pth.tar", "good.pth.tar"]
     run(folder, "--resume", "auto")
     assert_same_run(folder, whole)
 

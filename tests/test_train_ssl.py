@@ -406,11 +406,11 @@ def test_validation_images_must_be_others_of_the_same_classes(image_folder, tmp_
 
 RANKS = """
 import sys, torch, torch.distributed as dist, train_ssl
-from semivim.data import UnreadableImageError
+from semivim.data import ImageSource, UnreadableImageError
 from semivim.task.semi_supervised import SemiSupervisedTask
 
 update, step = SemiSupervisedTask.update_ema, train_ssl.optimizer_step
-read, used, broken = train_ssl.ImageSource.image, [], []
+read, used, broken = ImageSource.image, [], []
 
 def of_all_ranks(mine):
     parts = [None] * dist.get_world_size()
@@ -439,7 +439,7 @@ def checked_update(self, step=None):
         assert torch.equal(mine, first), f"{name} of rank {dist.get_rank()} differs at step {step}"
 
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # below, after the last question
-train_ssl.ImageSource.image = image
+ImageSource.image = image
 train_ssl.optimizer_step = checked_step
 SemiSupervisedTask.update_ema = checked_update
 results = train_ssl.main(sys.argv[1:])

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import train_ssl
-from semivim.data import UnreadableImageError
+from semivim.data import ImageSource, UnreadableImageError
 from semivim.runs.checkpoint import AtomicCheckpointSaver
 from semivim.runs.run_folder import find_checkpoints
 from tests.training import ROOT, TINY, assert_same_run, refused, run
@@ -186,14 +186,14 @@ def test_folder_in_use_is_left_alone(tmp_path, monkeypatch, capsys):
 
 def test_plateau_and_counts_of_broken_images_survive_a_resume(tmp_path, monkeypatch):
     """Both live in what a checkpoint holds of the task."""
-    folder, read = tmp_path / "run", train_ssl.ImageSource.image
+    folder, read = tmp_path / "run", ImageSource.image
 
     def image(self, position):
         if len(self) > 1000 and position % 7 == 0:  # training images only
             raise UnreadableImageError(f"image {position} is broken")
         return read(self, position)
 
-    monkeypatch.setattr(train_ssl.ImageSource, "image", image)
+    monkeypatch.setattr(ImageSource, "image", image)
     flags = ["--sched", "plateau", "--patience-epochs", 1]
     with pytest.warns(FutureWarning, match="PlateauLRScheduler is deprecated"):
         unbroken = run(tmp_path / "unbroken", *flags)
@@ -232,7 +232,7 @@ def test_signal_ends_a_run_after_its_update_and_it_goes_on_bit_by_bit(number, wh
     assert f"{number.name}: ending after this update; once more ends at once" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1].endswith("run: stopped at update 2; continue with --resume auto")
-    assert [file.name for file in find_checkpoints("auto", folder)] == ["recovery-0-2.pth.tar"]
+    assert [file.name for file in find_checkpoints("auto", folder)] == ["recovery-0-2.pth.tar", "good.pth.tar"]
     run(folder, "--resume", "auto")
     assert_same_run(folder, whole)
     assert report(folder) == report(whole)
@@ -249,7 +249,10 @@ def test_ranks_stop_at_the_same_update_whichever_gets_the_signal(rank, tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode != 0
     assert "run: stopped at update 2; continue with --resume auto" in done.stdout, done.stderr
-    assert [file.name for file in find_checkpoints("auto", tmp_path / "run")] == ["recovery-0-2.pth.tar"]
+    assert [file.name for file in find_checkpoints("auto", tmp_path / "run")] == [
+        "recovery-0-2.pth.tar",
+        "good.pth.tar",
+    ]
     assert 'train_ssl.py", line' not in done.stderr
 
 
