@@ -1,4 +1,5 @@
 import builtins
+import gc
 import os
 import pickle
 import re
@@ -12,12 +13,7 @@ from PIL import Image
 from torchvision.datasets import STL10
 
 from semivim.data.source_parts import check_sources, join_sources
-from semivim.data.sources import (
-    ImageSource,
-    UnreadableImageError,
-    open_source,
-    open_unlabelled_folder,
-)
+from semivim.data.sources import ImageSource, UnreadableImageError, open_source, open_unlabelled_folder
 from tests.hub_client import shared_client, shared_hub
 from tests.hub_server import Fault
 
@@ -113,6 +109,7 @@ def test_hugging_face_dataset(write_images, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the table open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_hugging_face_labels_of_text_become_classes(write_images, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -120,6 +117,7 @@ def test_hugging_face_labels_of_text_become_classes(write_images, tmp_path, monk
     (root / "train" / "metadata.csv").write_text("file_name,label\n1.png,dog\n2.png,cat\n3.png,dog\n")
     source = open_source(f"hfds/{root}", str(tmp_path / "cache"), "train", num_classes=2)
     assert (source.labels.tolist(), source.class_names) == ([1, 0, 1], ["cat", "dog"])
+    gc.collect()  # datasets leaves metadata.csv open
 
 
 def test_a_hugging_face_data_set_that_the_hub_does_not_give_is_one_line():

@@ -1,6 +1,5 @@
 """Compiling and exporting a DyVM: gates become masks, and any batch size gives the numbers of the plain program."""
 
-import shutil
 from functools import partial
 
 import onnxruntime
@@ -33,12 +32,6 @@ def check_compiled(model, backend):
 
 def test_compile_traces_one_graph(model):
     check_compiled(model, "aot_eager")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's Inductor needs a C++ compiler on a CPU")
-def test_compile_with_inductor(model):
-    check_compiled(model, "inductor")
 
 
 def test_a_compiled_training_step_gives_every_parameter_a_gradient(model):
