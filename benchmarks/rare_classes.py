@@ -378,9 +378,9 @@ def draw(grouped: dict[tuple[str, str], Results], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = [(key, results) for key, results in grouped.items() if key[1] == "vim"][:6]
-    figure, axes = plt.subplots(
-        2, -(-len(shown) // 2), figsize=(5 * -(-len(shown) // 2), 7), squeeze=False, sharey=True
-    )
+    methods = [name for name in METHODS if any((name, "teacher", "none") in results for _, results in shown)]
+    columns = -(-len(shown) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 7), squeeze=False, sharey=True, layout="constrained")
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
     for axis, ((condition, _), results) in zip(axes.flat, shown, strict=False):
@@ -389,7 +389,7 @@ def draw(grouped: dict[tuple[str, str], Results], path: Path) -> None:
             ("balanced_acc", "unlabeled", "C1", 0.0),
             ("few", "none", "C2", 0.18),
         ):
-            for place, method in enumerate(METHODS):
+            for place, method in enumerate(methods):
                 folds = results.get((method, "teacher", posthoc), {})
                 points = [float(row[metric]) for row in folds.values()]
                 label = {"few": "few-label classes", "none": "balanced accuracy"}.get(
@@ -397,13 +397,12 @@ def draw(grouped: dict[tuple[str, str], Results], path: Path) -> None:
                 )
                 axis.plot(points, [place + offset] * len(points), "o", color=colour, markersize=4,
                           label=label if place == 0 else None)  # fmt: skip
-        axis.set_yticks(range(len(METHODS)), list(METHODS), fontsize=7)
+        axis.set_yticks(range(len(methods)), methods, fontsize=7)
         axis.set_title(condition.replace(", ", ",\n", 1), fontsize=8)
         axis.grid(alpha=0.3)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7)
     figure.supxlabel("teacher, %", fontsize=9)
-    figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=90)
 
