@@ -94,7 +94,7 @@ FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio", "img_siz
     "labelled_per_update": "--batch-size x --grad-accum-steps x processes",
     "updates_per_epoch": "--train-batches-per-epoch",
 }
-FIXED_OPTIMIZER = {name: flag(name) for name in OPTIMIZER_OPTIONS}
+FIXED_OPTIMIZER = {name: flag(name) for name in (*OPTIMIZER_OPTIONS, "tune_scope")}
 TRAIN_COLUMNS = ("loss_labelled", "loss_unlabelled", "kept_share", "alpha")
 WHO = ("student", "teacher")
 EVAL_COLUMNS = ("student_top1", "top1", "top5", "balanced_acc", "worst_class_recall")

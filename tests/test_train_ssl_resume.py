@@ -148,6 +148,7 @@ def half(tmp_path_factory):
         (["--train-batches-per-epoch", 2], "--train-batches-per-epoch is 2, but 3"),
         (["--unlabeled-ratio", 3], "--unlabeled-ratio is 3, but 2"),
         (["--weight-decay", 0.1], r"--weight-decay is 0\.1, but 0\.05"),
+        (["--tune-scope", "head"], "--tune-scope is head, but all"),
         (["--model", "semivim_pico"], r"last\.pth\.tar: not a checkpoint of this run"),
     ],
     ids=lambda value: str(value)[:30],
