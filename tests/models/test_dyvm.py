@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import timm
 import torch
@@ -119,8 +121,10 @@ def test_what_is_no_plain_vim_is_refused():
     with pytest.raises(ValueError, match="other keys than a plain Vim"):
         model.load_vim(model.state_dict())
     state = Vim(img_size=112, embed_dim=32, depth=7, num_classes=10).state_dict()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="other keys than a plain Vim: blocks.7"):
         model.load_vim(state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_released_names_are_mapped(golden, mini):
