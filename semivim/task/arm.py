@@ -2,41 +2,27 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from semivim.loss.patch_pixels import denormalise_patches, normalise_patches, patch_loss, patchify, unpatchify
-from semivim.runs.progress import Progress
+from semivim.task.run_task import RunTask
 from semivim.utils.user_error import UserError
 
 
-class ArmTask(TrainingTask):
+class ArmTask(RunTask):
     """Mean squared error of the normalised pixels of every cluster, predicted from the clusters before it.
 
     Args:
         model: As :class:`~semivim.models.arm_decoder.ArmModel`.
-        progress: Position of the run, which checkpoints hold as part of the task's state; a new one if None.
+        progress: See :class:`~semivim.task.run_task.RunTask`.
 
     Source: Ren et al. 2025 (ARM).
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        progress: Progress | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(device=device, dtype=dtype)
-        self.trainable_module = model
-        self.progress = progress or Progress()
 
     @property
     def model(self) -> Any:
@@ -55,35 +41,6 @@ class ArmTask(TrainingTask):
         prediction = self.trainable_module(input)
         target = self.model.targets(normalise_patches(patchify(input, self.model.patch_size)))
         return {"loss": patch_loss(prediction, target)}
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "ArmTask":
-        """Wrap the model in DistributedDataParallel; pass ``device_ids=None`` on a CPU."""
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
-
-    def compile(  # type: ignore[override]
-        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
-    ) -> nn.Module:
-        """Compile the model, before :meth:`prepare_distributed`."""
-        compiled = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        self.trainable_module = cast(nn.Module, compiled)
-        return self.trainable_module
-
-    # ARG002: timm passes its hooks more than this task reads
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        """The run's progress."""
-        return {"progress": self.progress.state_dict()}
-
-    def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,  # noqa: ARG002
-        module: nn.Module | None = None,  # noqa: ARG002
-        ema: bool = False,  # noqa: ARG002
-    ) -> None:
-        """Restore what :meth:`get_task_state` returned; None leaves everything as it is."""
-        if state is not None:
-            self.progress.load_state_dict(state["progress"])
 
 
 @torch.inference_mode()

@@ -3,19 +3,18 @@
 from typing import Any, cast
 
 import torch
-from timm.task import TrainingTask
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from semivim.loss.dynamic_tokens import distillation_loss, gate_ratio_loss, kept_token_loss, token_ratio_loss
 from semivim.loss.pseudo_label import labelled_loss
 from semivim.runs.progress import Progress
+from semivim.task.run_task import RunTask
 
 LOSSES = ("loss_class", "loss_tokens", "loss_gates", "loss_logits", "loss_features")
 WEIGHTS = (1.0, 10.0, 10.0, 0.5, 0.5)
 
 
-class DyVMTask(TrainingTask):
+class DyVMTask(RunTask):
     """Loss of one labelled batch, ``CE + 10 tokens + 10 gates + 0.5 KL + 0.5 MSE`` (see `semivim.loss.dynamic_tokens`).
 
     Args:
@@ -37,13 +36,11 @@ class DyVMTask(TrainingTask):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(device=device, dtype=dtype, verbose=False)
-        self.trainable_module = model
+        super().__init__(model, progress, device=device, dtype=dtype, verbose=False)
         self.teacher = teacher.eval().requires_grad_(False)
         self.token_ratio = cast(float, model.token_ratio)
         self.block_keep_ratio = cast(float, model.block_keep_ratio)
         self.smoothing = smoothing
-        self.progress = progress or Progress()
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Compute the loss of one step; updates nothing.
@@ -84,32 +81,3 @@ class DyVMTask(TrainingTask):
         super().train(mode)
         self.teacher.eval()
         return self
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "DyVMTask":
-        """Wrap the student in DistributedDataParallel; pass ``device_ids=None`` on a CPU."""
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
-
-    def compile(  # type: ignore[override]
-        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
-    ) -> nn.Module:
-        """Compile the student, before :meth:`prepare_distributed`."""
-        compiled = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        self.trainable_module = self.eval_model = cast(nn.Module, compiled)
-        return self.trainable_module
-
-    # ARG002: timm passes its hooks more than this task reads
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        """The run's progress."""
-        return {"progress": self.progress.state_dict()}
-
-    def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,  # noqa: ARG002
-        module: nn.Module | None = None,  # noqa: ARG002
-        ema: bool = False,  # noqa: ARG002
-    ) -> None:
-        """Restore what :meth:`get_task_state` returned; None leaves everything as it is."""
-        if state is not None:
-            self.progress.load_state_dict(state["progress"])

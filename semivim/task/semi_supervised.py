@@ -5,15 +5,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
-from timm.task import TrainingTask
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from semivim.data.ssmixup import mix_inputs, mix_probabilistic, mix_targets, mixing_weight, pair_retained
 from semivim.loss.pseudo_label import labelled_loss, unlabelled_loss
 from semivim.runs.progress import Progress
 from semivim.task.pseudo_label_rule import PseudoLabelRule, PseudoLabels
+from semivim.task.run_task import RunTask
 from semivim.utils.lyap_ema import LyapEmaV3
 from semivim.utils.lyapunov import LyapStats
 from semivim.utils.user_error import UserError, short
@@ -22,7 +21,7 @@ METHODS = ("supervised", "fixmatch", "ema-teacher", "lyapema")
 PSEUDO_MIXUPS = ("none", "prob", "ss")
 
 
-class SemiSupervisedTask(TrainingTask):
+class SemiSupervisedTask(RunTask):
     """Loss of one labelled and one unlabelled batch, ``L = L_labelled + mu * L_unlabelled``.
 
     Methods differ in the model that gives the weak views their pseudo-labels: the student (``fixmatch``), its
@@ -70,14 +69,13 @@ class SemiSupervisedTask(TrainingTask):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(device=device, dtype=dtype)
+        super().__init__(model, progress, device=device, dtype=dtype)
         if method not in METHODS:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         if pseudo_mixup not in PSEUDO_MIXUPS:
             raise ValueError(f"pseudo_mixup {pseudo_mixup!r} is not one of {', '.join(PSEUDO_MIXUPS)}")
         if unlabelled_weight < 0.0:
             raise ValueError(f"unlabelled_weight is {unlabelled_weight}, wanted 0 or more")
-        self.trainable_module = model
         self.num_classes = num_classes
         self.method = method
         self.pseudo_mixup = pseudo_mixup
@@ -85,7 +83,6 @@ class SemiSupervisedTask(TrainingTask):
         self.unlabelled_weight = unlabelled_weight
         self.smoothing = smoothing
         self.ssmixup_nu = ssmixup_nu
-        self.progress = progress or Progress()
         self.alpha: float | None = None
         self.lyap_stats: LyapStats | None = None
 
@@ -213,20 +210,6 @@ class SemiSupervisedTask(TrainingTask):
             self.trainable_module_ema.eval()
         return self
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "SemiSupervisedTask":
-        """Wrap the student in DistributedDataParallel; pass ``device_ids=None`` on a CPU."""
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
-
-    def compile(  # type: ignore[override]
-        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
-    ) -> nn.Module:
-        """Compile the student, before :meth:`prepare_distributed`."""
-        compiled = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        self.trainable_module = cast(nn.Module, compiled)
-        self.eval_model = self.trainable_module
-        return self.trainable_module
-
     # ARG002: timm passes its hooks more than this task reads
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:  # noqa: ARG002
         """The run's progress, the teacher's last update, running means; of the teacher (``ema``) Lyapunov scalars."""
@@ -234,7 +217,7 @@ class SemiSupervisedTask(TrainingTask):
             average = self.trainable_module_ema
             return average.lyap_state_dict() if isinstance(average, LyapEmaV3) else {}
         stats = self.lyap_stats._asdict() if self.lyap_stats else None
-        state = {"progress": self.progress.state_dict(), "alpha": self.alpha, "lyap_stats": stats}
+        state = super().get_task_state() | {"alpha": self.alpha, "lyap_stats": stats}
         return state | ({"pseudo_labels": dict(self.rule.state)} if self.rule.state else {})
 
     def load_task_state(
@@ -250,7 +233,7 @@ class SemiSupervisedTask(TrainingTask):
         if ema:
             cast(LyapEmaV3, self.trainable_module_ema).load_lyap_state_dict(state)
         else:
-            self.progress.load_state_dict(state["progress"])
+            super().load_task_state(state)
             self.rule.load_state(state.get("pseudo_labels", {}))
             self.alpha = state["alpha"]
             stats = state["lyap_stats"]
