@@ -36,12 +36,13 @@ from semivim.data import (
     StreamLoader,
     View,
     join_sources,
+    least_side,
     open_source,
     open_unlabelled_folder,
     refuse_shared,
 )
 from semivim.flags.arm_flags import add_arm_flags, arm_kwargs, arm_view_kwargs
-from semivim.flags.data_flags import add_augmentation_flags, add_dataset_flags, source_kwargs
+from semivim.flags.data_flags import add_augmentation_flags, add_dataset_flags, least_crop, source_kwargs
 from semivim.flags.model_flags import add_device_flags, add_model_flags, create_model, mixed_precision, open_device
 from semivim.flags.parser import Parser, flag, parse_flags
 from semivim.flags.train_flags import (
@@ -148,6 +149,7 @@ def create_loaders(
 ) -> tuple[StreamLoader, EvaluationLoader, torch.Tensor]:
     """Training batches, held-out batches, and held-out images for the picture, ``(b, c, h, w)``."""
     source, positions, val_source, val_positions = open_data(args)
+    source.least_side = least_side(data_config["input_size"], least_crop(args))
     view = partial(View, data_config["input_size"], data_config["mean"], data_config["std"])
     eval_view = view(is_training=False, **{k: data_config[k] for k in ("interpolation", "crop_pct", "crop_mode")})
     ranks = {"rank": args.rank, "world_size": args.world_size}

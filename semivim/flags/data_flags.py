@@ -197,6 +197,11 @@ def view_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def least_crop(args: argparse.Namespace) -> float:
+    """Least share of an image's area that a training crop shows at its full width or height."""
+    return args.scale[0] * args.ratio[0]
+
+
 def mixes(args: argparse.Namespace) -> bool:
     """Whether labelled batches are mixed by mixup or cutmix."""
     return bool(args.mixup or args.cutmix or args.cutmix_minmax)

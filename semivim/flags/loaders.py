@@ -8,8 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semivim.data import EvaluationLoader, ImageSource, ImageStream, LabelSplit, StreamLoader, View, sample_images
-from semivim.flags.data_flags import view_kwargs
+from semivim.data import (
+    EvaluationLoader,
+    ImageSource,
+    ImageStream,
+    LabelSplit,
+    StreamLoader,
+    View,
+    least_side,
+    sample_images,
+)
+from semivim.flags.data_flags import least_crop, view_kwargs
 from semivim.flags.ssl_flags import strong_view_kwargs, weak_view_kwargs
 from semivim.flags.train_flags import loader_kwargs
 from semivim.utils.user_error import UserError
@@ -46,6 +55,8 @@ def create_loaders(
             f"no unlabelled image is left: all {len(split.labelled)} are labelled; label fewer, add unlabelled "
             f"ones (--unlabeled-dir, --unlabeled-include-labeled) or train with --ssl-method supervised"
         )
+    # Not those to evaluate on: `predict` sees images as evaluation does, and decodes them whole.
+    source.least_side = least_side(data_config["input_size"], least_crop(args))
     view = partial(View, data_config["input_size"], data_config["mean"], data_config["std"])
     ranks = {"rank": args.rank, "world_size": args.world_size}
     stream: Callable[..., ImageStream] = partial(ImageStream, source, labels=split.labels, seed=args.seed, **ranks)

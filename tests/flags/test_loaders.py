@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 import torch
+from PIL import Image
 
 import train_ssl
 from semivim.flags.loaders import create_loaders
@@ -39,3 +42,15 @@ def test_lack_of_unlabelled_images_is_an_error_where_they_are_needed():
     for words, number in (("--label-fraction 1", 8), ("--label-fraction 1 --posthoc-debias unlabeled", 0)):
         with pytest.raises(UserError, match="no unlabelled image is left"):
             create(words, num_unlabelled=number)
+
+
+def test_huge_originals_are_shrunk_while_they_are_decoded_for_training(tmp_path):
+    for split, name in itertools.product(("train", "validation"), ("cat", "dog")):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(3):
+            colour = (9 * i, 99, 199 if split == "train" else 9)
+            Image.new("RGB", (1600, 1200), colour).save(tmp_path / split / name / f"{i}.jpg")
+    words = f"--data-dir {tmp_path} --labels-per-class 1 --scale 0.5 1 -b 1"
+    (source, val_source, _), _ = create(words, num_unlabelled=1)
+    assert source.image(0).size == (200, 150)
+    assert val_source.image(0).size == (1600, 1200)
