@@ -96,7 +96,6 @@ FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio", "img_siz
 }
 FIXED_OPTIMIZER = {name: flag(name) for name in (*OPTIMIZER_OPTIONS, "tune_scope")}
 TRAIN_COLUMNS = ("loss_labelled", "loss_unlabelled", "kept_share", "alpha")
-WHO = ("student", "teacher")
 EVAL_COLUMNS = ("student_top1", "top1", "top5", "balanced_acc", "worst_class_recall")
 PANELS = (
     Panel("loss", ("loss_labelled", "loss_unlabelled")),
