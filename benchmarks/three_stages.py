@@ -7,9 +7,10 @@ DIR is torchvision's layout (see ssl_methods.py). Every stage is a run of train_
 the images of the split without their labels (600 updates of 32), stage 2 trains on the labels (800 of 16), stage 3 goes
 on with pseudo-labels of the unlabelled images (200 of 16 and 48). ``none`` spends the updates of stage 1 on labels in
 stage 2, so that it takes as many in all; ``none, short`` leaves them out. A linear probe on the mean of the patches'
-tokens says what stage 1 alone has learned, beside that of a random backbone. Each finished run of all stages appends
-its rows to a CSV file and is not repeated; a killed one goes on where its stages stopped. --summarise prints the tables
-as Markdown and draws the figure.
+tokens says what stage 1 alone has learned, beside that of a random backbone. Stage 3 starts from the teacher that
+stage 2 ended with, and teachers at the end are what is compared. Seed 0 served to choose the numbers of updates and is
+not used. Each finished run of all stages appends its rows to a CSV file and is not repeated; a killed one goes on where
+its stages stopped. --summarise prints the tables as Markdown and draws the figure.
 """
 
 import argparse
@@ -39,7 +40,7 @@ import train_ssl
 from semivim.data import ImageSource, LabelSplit, View, make_split, open_source
 from semivim.flags.ssl_flags import make_split_kwargs
 from semivim.layers import remove_middle
-from semivim.runs.run_folder import METRICS, WEIGHTS
+from semivim.runs.run_folder import LAST, METRICS, WEIGHTS
 from semivim.utils.files import write_text
 
 HERE = Path(__file__).parent
@@ -155,7 +156,7 @@ def all_stages(key: tuple[str, str, int], data_dir: str, output: Path) -> list[d
     stage2 = run(
         train_ssl, f"{STAGE2} {data} --epochs {updates['stage 2'] // EPOCH}", folder / "stage2", *opened, *words
     )
-    words = ["--initial-checkpoint", str(folder / "stage2" / WEIGHTS)]
+    words = ["--initial-checkpoint", str(folder / "stage2" / LAST)]  # timm takes the teacher of a checkpoint
     stage3 = run(train_ssl, f"{STAGE3} {data}", folder / "stage3", *opened, *words)
     for stage, results in (("stage 2", stage2), ("stage 3", stage3)):
         rows.append({"stage": stage, **results["teacher"], "updates": updates[stage]})
@@ -244,7 +245,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     done = {tuple(row[name] for name in KEY) for row in read_rows(args.csv)}
-    for seed in range(args.seeds):  # a seed of everything first, so that a stopped benchmark compares
+    for seed in range(1, 1 + args.seeds):  # a seed of everything first, so that a stopped benchmark compares
         for condition in args.conditions:
             for variant in args.variants:
                 if (condition, variant, str(seed)) in done:
