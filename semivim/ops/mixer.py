@@ -20,6 +20,8 @@ from .linear import linear
 from .scan import scan
 from .scan_reference import Direction
 
+_BYTES_TOGETHER = 1 << 20  # of a tensor (b, l, e) for each thread, in `_in_groups`
+
 
 class DirectionWeights(NamedTuple):
     """Weights of one direction of the mixer, or their gradients."""
@@ -64,6 +66,34 @@ def _forward(
     directions = [_direction(u, dbc, w, back) for u, dbc, w, back in zip(us, dbcs, weights, reverse, strict=True)]
     out, saved = scan.forward(directions, z, mix, scale, True)
     return out, saved, us, dbcs, (conv, scan)
+
+
+def _images_together(xz: Tensor) -> int:
+    """Return how many images to mix at once where nothing is kept for a backward: all of them on a GPU."""
+    images, tokens, width = xz.shape
+    if xz.device.type != "cpu":
+        return images
+    most = max(1, _BYTES_TOGETHER * torch.get_num_threads() // (tokens * (width // 2) * xz.itemsize))
+    groups = -(-images // most)
+    return -(-images // groups)  # of one size
+
+
+def _in_groups(
+    xz: Tensor, mix: Tensor | None, scale: float, weights: list[DirectionWeights], reverse: list[bool]
+) -> Tensor:
+    """Return the output alone, computed for some images after the others, as the memory of one group serves the next.
+
+    Tensors of a large batch are too large for malloc to keep: it returns them to the system, which hands them out again
+    as empty pages one by one, for up to a third of the time.
+    """
+    together = _images_together(xz)
+    if together >= xz.shape[0]:
+        return _forward(xz, mix, scale, weights, reverse)[0]
+    out = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
+    mixes = [None] * len(out) if mix is None else mix.split(together)
+    for part, of, part_mix in zip(xz.split(together), out.split(together), mixes, strict=False):
+        of.copy_(_forward(part, part_mix, scale, weights, reverse)[0])
+    return out
 
 
 def _split(tensors: Sequence[Tensor]) -> list[DirectionWeights]:
@@ -197,4 +227,4 @@ def mix_tokens(
         return _by_ops(xz, mix, scale, weights, reverse, _product_dtype(xz))
     if torch.is_grad_enabled():
         return _Mixer.apply(xz, mix, scale, reverse, *(tensor for w in weights for tensor in w))
-    return _forward(xz, mix, scale, weights, reverse)[0]
+    return _in_groups(xz, mix, scale, weights, reverse)

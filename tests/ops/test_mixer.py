@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from semivim.layers import BidirectionalMamba, mamba
-from semivim.ops import use_backend
+from semivim.ops import mixer as mixer_ops
+from semivim.ops import scan_numba, use_backend
 from semivim.ops.mixer import DirectionWeights, decay_rate, mix_tokens
 from tests.ops.scan_cases import BACKENDS
 from tests.tolerance import assert_close
@@ -87,6 +88,24 @@ def test_without_gradients_the_numbers_are_the_same():
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             assert torch.equal(mixer(x), y)
+
+
+@pytest.mark.parametrize("mixed", (False, True), ids=("plain", "mixed"))
+def test_images_one_group_after_the_other_give_the_same_numbers(monkeypatch, mixed):
+    mixer, x = make_mixer(), torch.randn(5, TOKENS, DIM)
+    mix = (torch.rand(5), torch.rand(5)) if mixed else ()
+    launched, forward = [], scan_numba.forward
+
+    def counted(directions, *args):
+        launched.append(len(directions[0].u))
+        return forward(directions, *args)
+
+    monkeypatch.setattr(scan_numba, "forward", counted)
+    with torch.no_grad():
+        together = mixer(x, *mix)
+        monkeypatch.setattr(mixer_ops, "_BYTES_TOGETHER", -(-2 * TOKENS * 2 * DIM * 4 // torch.get_num_threads()))
+        assert_close("y", mixer(x, *mix), together, "float32")
+    assert launched == [5, 2, 2, 1]
 
 
 @pytest.mark.parametrize("direct", (True, False), ids=("direct", "ops"))
