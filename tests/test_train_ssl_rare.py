@@ -8,7 +8,7 @@ import torch
 
 import semivim  # noqa: F401  registers the models
 import train_ssl
-from tests.training import assert_same_run, refused, run, states
+from tests.training import ROOT, assert_same_run, refused, run, states
 
 LONG_TAIL = [
     "--imb-n1",
@@ -169,3 +169,22 @@ def test_any_timm_model_is_a_student(model, tmp_path):
     flags = ["--model", model, *size, "--pseudo-mixup", "prob", "--epochs", "1"]
     results = run(tmp_path / "run", *LONG_TAIL, *RULES["debias"], *flags)
     assert results["teacher"]["balanced_acc"] > 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_recipe_holds_flags_that_go_together(path):
+    args = train_ssl.parse_args(["-c", str(path), "--data-dir", ".", "--label-fraction", "0.1", "--model", "test_vim"])
+    assert args.opt == "adamw"
+    assert args.weight_decay == 0.05
+
+
+def test_the_recipe_for_rare_classes_goes_on_from_a_teacher(tmp_path):
+    split = LONG_TAIL[:-2]  # the recipe does not set the decay of a short run
+    run(tmp_path / "labels", *LONG_TAIL, "--ssl-method", "supervised")
+    start = ["--initial-checkpoint", tmp_path / "labels" / "last.pth.tar", "--lr", "0"]
+    recipe = ["-c", ROOT / "benchmarks" / "recipes" / "rare.yaml"]
+    run(tmp_path / "ssl", *recipe, *split, *start)
+    assert json.loads((tmp_path / "ssl" / "config.json").read_text())["logit_adjustment"]["by"] == "unlabeled"
+    _, started = states(tmp_path / "labels")
+    _, teacher = states(tmp_path / "ssl")
+    assert all(torch.equal(started[key], teacher[key]) for key in started)  # not the student; no rate, no change
