@@ -4,6 +4,7 @@
     python train_arm.py                                   demo on scikit-learn's two photographs, on a CPU
     python train_arm.py --data-dir DIR --model semivim_small
     python train_arm.py --unlabeled-dir HEAP ...          images in any folders; each 100th is held out
+    python train_arm.py --data-dir FILE.tar ...           likewise
     torchrun --nproc-per-node 8 train_arm.py ...          the same on 8 GPUs
     python train_ssl.py --initial-checkpoint RUN/model.safetensors --model semivim_small --gp avg ...
 
@@ -73,7 +74,7 @@ FIXED = {name: flag(name) for name in ("directions", "cluster", "img_size", "inp
     "updates_per_epoch": "--train-batches-per-epoch",
 }
 FIXED_OPTIMIZER = {name: flag(name) for name in OPTIMIZER_OPTIONS}
-HELD_OUT = 100  # of images without a validation split each so many-th is held out
+HELD_OUT = 100  # of a heap or a tar file each so many-th image is held out
 PICTURED = 6  # held-out images of the picture
 PANELS = (Panel("loss", ("loss", "held_out_loss", "loss_of_zero")), Panel("learning rate", ("lr",)))
 
@@ -125,22 +126,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def hold_out(source: ImageSource, flag: str) -> tuple[ImageSource, np.ndarray, ImageSource, np.ndarray]:
+    """Hold images out of a source that ``flag`` names; see :func:`open_data`."""
+    if len(source) == 1:
+        raise UserError(f"{flag} holds one image, wanted one more to evaluate on")
+    held_out = np.arange(len(source)) % HELD_OUT == 0
+    return source, np.flatnonzero(~held_out), source, np.flatnonzero(held_out)
+
+
 def open_data(args: argparse.Namespace) -> tuple[ImageSource, np.ndarray, ImageSource, np.ndarray]:
     """Open the images to train on and those held out; each a source and its positions."""
     heap = open_unlabelled_folder(args.unlabeled_dir) if args.unlabeled_dir else None
     if heap and not (args.dataset or args.data_dir):
         heap.rules = source_kwargs(args)["rules"]
-        held_out = np.arange(len(heap)) % HELD_OUT == 0
-        if len(heap) == 1:
-            raise UserError(f"--unlabeled-dir {args.unlabeled_dir} holds one image, wanted one more to evaluate on")
-        return heap, np.flatnonzero(~held_out), heap, np.flatnonzero(held_out)
-    source = open_source(split=args.train_split, **source_kwargs(args))
-    val_source = open_source(split=args.val_split, **source_kwargs(args))
+        return hold_out(heap, f"--unlabeled-dir {args.unlabeled_dir}")
+    options = {"needs_labels": False, **source_kwargs(args)}
+    source = open_source(split=args.train_split, **options)
+    if os.path.isfile(args.data_dir or ""):  # a tar file, which has no splits
+        return hold_out(join_sources(source, heap) if heap else source, f"--data-dir {args.data_dir}")
+    val_source = open_source(split=args.val_split, **options)
+    refuse_shared(source, val_source, args.val_split)
     if heap:
         refuse_shared(heap, val_source, args.val_split)
         source = join_sources(source, heap)
-    else:
-        refuse_shared(source, val_source, args.val_split)
     return source, np.arange(len(source)), val_source, np.arange(len(val_source))
 
 

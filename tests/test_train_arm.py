@@ -1,10 +1,15 @@
 import csv
+import gc
 import json
 import math
 import os
+import shutil
+import struct
 import subprocess
 import sys
+import tarfile
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -56,18 +61,24 @@ def rows(folder):
     return list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
 
 
-def test_learning_rate_is_arms(tmp_path):
-    """0 at first, the base rate times images / 256 after the warm-up, the least at the end; per update."""
+def test_learning_rate_is_arms(tmp_path, monkeypatch):
+    """0 at the first update, the base rate times images / 256 after the warm-up, the least at the end; per update."""
+    rates, step = [], train_arm.optimizer_step
+
+    def spy(task, batches, forward, optimizer, **options):
+        rates.append(train_arm.mean_lr(optimizer))
+        return step(task, batches, forward, optimizer, **options)
+
+    monkeypatch.setattr(train_arm, "optimizer_step", spy)
     flags = ["--warmup-epochs", 1, "--epochs", 2, "--train-batches-per-epoch", 4, "--grad-accum-steps", 2]
     run(tmp_path / "run", *flags, "--lr-base", 0.03, "--min-lr", 1e-5, "--val-interval", 9)
     base = 0.03 * 4 * 2 / 256
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    rates = [r["lr"] for r in records if "lr" in r]  # after each update
     assert len(rates) == 12  # the warm-up comes before the epochs
-    assert rates[:4] == pytest.approx([base * share for share in (0.25, 0.5, 0.75, 1)])
-    assert rates[-1] == pytest.approx(1e-5)
-    middle = 1e-5 + (base - 1e-5) * (1 + math.cos(math.pi / 2)) / 2
-    assert rates[7] == pytest.approx(middle)
+    assert rates[:5] == pytest.approx([base * share for share in (0, 0.25, 0.5, 0.75, 1)])
+    assert rates[8] == pytest.approx(1e-5 + (base - 1e-5) * (1 + math.cos(math.pi / 2)) / 2)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [r["lr"] for r in records if "lr" in r]  # after each update
+    assert logged[:-1] == rates[1:] and logged[-1] == pytest.approx(1e-5)
 
 
 def test_recipe_is_arms_and_its_groups_decay_matrices_only():
@@ -207,6 +218,76 @@ def test_images_need_no_labels(flags, count, images, tmp_path, monkeypatch):
     assert results["pretraining"]["loss"] > 0
 
 
+def fashion_mnist(root):
+    """Raw files of four training and two validation images, as torchvision keeps them."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for stem, count in (("train", 4), ("t10k", 2)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = struct.pack(">IIII", 2051, count, 28, 28)
+        (raw / f"{stem}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(count))
+    return ["--dataset", "torch/fashion_mnist", "--data-dir", root]
+
+
+def image_folder(root):
+    return ["--dataset", "torch/image_folder", "--data-dir", root]
+
+
+def hugging_face(root):
+    """A data set without labels."""
+    for split in ("train", "validation"):
+        (root / "hub" / split).mkdir(parents=True)
+        for path in (root / split).rglob("*.png"):
+            path.rename(root / "hub" / split / path.name)
+    return ["--dataset", f"hfds/{root / 'hub'}", "--data-dir", root / "cache"]
+
+
+def shards(root):
+    """Shards without labels."""
+    for split in ("train", "validation"):
+        with tarfile.open(root / f"x-{split}-0.tar", "w") as shard:
+            for path in sorted((root / split).rglob("*.png")):
+                shard.add(path, arcname=path.name)
+    return ["--dataset", "wds/x", "--data-dir", root]
+
+
+def tar_file(root):
+    """A file without splits: the first image is held out."""
+    with tarfile.open(root / "all.tar", "w") as archive:
+        archive.add(root / "train", arcname=".")
+    return ["--data-dir", root / "all.tar"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # of datasets
+@pytest.mark.parametrize("write", [fashion_mnist, image_folder, hugging_face, shards, tar_file])
+def test_every_format_of_train_ssl_is_read(write, images, tmp_path, monkeypatch):
+    if write is hugging_face:
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    shutil.rmtree(images / "heap")
+    flags = ["--train-batches-per-epoch", "1", "--epochs", "1", "--workers", "0"]
+    results = run(tmp_path / "run", *write(images), *flags)
+    assert results["pretraining"]["images"] == (3 if write is tar_file else 4)
+    assert 0 < results["pretraining"]["loss"] < 3 and results["unreadable_images"] == {}
+    gc.collect()  # datasets leaves its table open
+
+
+def test_images_to_train_on_are_not_held_out_too(images, monkeypatch):
+    monkeypatch.chdir(images)
+    for extra in ([], ["--unlabeled-dir", "heap"]):
+        with pytest.raises(UserError, match="images to train on are validation images too: split 'train' shares"):
+            train_arm.open_data(train_arm.parse_args(["--data-dir", ".", "--val-split", "train", *extra]))
+    with tarfile.open("one.tar", "w") as archive:
+        archive.add("heap/deep/6.png", arcname="6.png")
+    with pytest.raises(UserError, match=r"--data-dir one.tar holds one image, wanted one more to evaluate on"):
+        train_arm.open_data(train_arm.parse_args(["--data-dir", "one.tar"]))
+    source, train, _, held_out = train_arm.open_data(
+        train_arm.parse_args(["--data-dir", "one.tar", "--unlabeled-dir", "heap"])
+    )
+    assert (len(source), train.tolist(), held_out.tolist()) == (4, [1, 2, 3], [0])
+
+
 def test_class_folders_without_a_validation_split_are_sent_to_a_flag_of_this_script(images):
     with pytest.raises(UserError, match=r"where its folders are classes, .* train_arm\.py --unlabeled-dir holds"):
         train_arm.open_data(train_arm.parse_args(["--data-dir", str(images / "train")]))
@@ -321,10 +402,12 @@ def test_two_processes_train_one_model(tmp_path):
     flags = [*TINY, "--output", str(tmp_path), "--experiment", "run", "--device", "cpu", "--directions", "both"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, str(tmp_path / "ranks.py"), *flags, "--epochs", "1"]
+    command = [*launcher, str(tmp_path / "ranks.py"), *flags, "--epochs", "1", "--lr-base", "0.03"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["updates"] == 3
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = zip(*json.loads((tmp_path / "losses.json").read_text()), strict=True)
     assert [r["loss"] for r in records if "loss" in r] == pytest.approx([sum(pair) / 2 for pair in losses])
+    base = 0.03 * 4 * 2 / 256  # of the images of both processes
+    assert records[0]["lr"] == pytest.approx(base * (1 + math.cos(math.pi / 3)) / 2)

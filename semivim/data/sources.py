@@ -165,6 +165,7 @@ def open_source(
     num_classes: int | None = None,
     rules: PixelRules = DEFAULT_RULES,
     is_whole: bool = False,
+    needs_labels: bool = True,
     **options: Any,
 ) -> ImageSource:
     """Open a data set by timm's name for it, or ``embedded/digits``.
@@ -177,6 +178,7 @@ def open_source(
         num_classes: Number of classes that labels must stay below; not checked if None.
         rules: How pixels become 8 bits.
         is_whole: Validation images come from this source too: a folder without folders of splits is itself the split.
+        needs_labels: Whether a data set of Hugging Face without a column of labels is refused.
         **options: More of timm's ``create_dataset`` arguments (class_map, download, ...).
 
     Raises:
@@ -194,7 +196,7 @@ def open_source(
     else:
         if is_whole and _is_flat(data_dir or ""):
             split = "."
-        source = _open_timm(kind, dataset, data_dir, split, **options)
+        source = _open_timm(kind, dataset, data_dir, split, needs_labels, **options)
     source.rules = rules
     if source.num_classes > MAX_CLASSES:
         worst = source.describe(int(source.labels.argmax()))
@@ -318,7 +320,9 @@ def _opening(dataset: str, data_dir: str | None, split: str) -> Iterator[None]:
             raise UserError(f"dataset {dataset!r} in --data-dir {data_dir!r}, split {split!r}: {reason}") from error
 
 
-def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **options: Any) -> ImageSource:
+def _open_timm(
+    kind: str, dataset: str, data_dir: str | None, split: str, needs_labels: bool, **options: Any
+) -> ImageSource:
     needs_folder = kind != "hfds" and not (data_dir and options.get("download"))
     if needs_folder and not os.path.exists(data_dir or ""):
         raise UserError(
@@ -334,6 +338,8 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
     with _opening(dataset, data_dir, split):
         opened = create_dataset(dataset, root=data_dir, split=split, search_split=False, **options)
         reader: Any = opened.reader if isinstance(opened, ImageDataset) else None
+        if kind == "hfds" and not (needs_labels or "target_key" in options):
+            _allow_no_labels(reader)
         targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else []  # Hugging Face
     if reader is None:
         return _from_torchvision(dataset, opened, split)
@@ -347,6 +353,12 @@ def _open_timm(kind: str, dataset: str, data_dir: str | None, split: str, **opti
         targets = [class_to_idx.get(target) for target in targets]
     labels, class_names = _classes(targets, class_to_idx)
     return ImageSource(_TimmReader(reader), labels, class_names)
+
+
+def _allow_no_labels(reader: Any) -> None:
+    """Let timm's reader of a Hugging Face data set without a column of labels give None for each."""
+    if reader.label_key not in reader.dataset.column_names:
+        reader.dataset = reader.dataset.add_column(reader.label_key, [None] * len(reader.dataset))
 
 
 def _open_folder(root: str, class_map: str = "", input_key: str | None = None) -> ImageSource:
