@@ -40,7 +40,7 @@ def cluster_order(grid: tuple[int, int], cluster: int) -> Tensor:
         ValueError: If clusters do not tile the grid, or there are fewer than two.
     """
     rows, columns = grid
-    if rows % cluster or columns % cluster or rows * columns < 2 * cluster**2:
+    if cluster < 1 or rows % cluster or columns % cluster or rows * columns < 2 * cluster**2:
         raise ValueError(
             f"cluster is {cluster}, wanted a divisor of the grid {rows} x {columns} that makes two or more"
         )

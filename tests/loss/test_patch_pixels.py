@@ -27,6 +27,8 @@ def test_targets_are_those_of_a_loop_over_patches(channels):
     actual = normalise_patches(patchify(images, 4))
     assert actual.shape == (2, 6, 16 * channels)
     torch.testing.assert_close(actual.double(), naive_targets(images, 4), rtol=0, atol=2e-6)
+    exact = normalise_patches(patchify(images.double(), 4))
+    torch.testing.assert_close(exact, naive_targets(images, 4), rtol=0, atol=1e-12)
 
 
 def test_patches_go_back_to_where_they_were():

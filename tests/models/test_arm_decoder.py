@@ -55,7 +55,7 @@ def test_order_is_a_permutation_whose_inverse_restores_the_raster(grid, cluster)
     assert torch.equal(patches[:, order][:, order.argsort()], patches)
 
 
-@pytest.mark.parametrize(("grid", "cluster"), [((14, 14), 4), ((4, 4), 4), ((4, 6), 4)])
+@pytest.mark.parametrize(("grid", "cluster"), [((14, 14), 4), ((4, 4), 4), ((4, 6), 4), ((4, 4), 0), ((4, 4), -1)])
 def test_clusters_that_do_not_fit_are_refused(grid, cluster):
     with pytest.raises(ValueError, match=rf"cluster is {cluster}, wanted a divisor of the grid {grid[0]} x {grid[1]}"):
         cluster_order(grid, cluster)
