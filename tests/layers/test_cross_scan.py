@@ -11,7 +11,7 @@ from tests.ops.triton_runs import interpreted, run_in_interpreter
 from tests.tolerance import assert_close
 
 DIM, ROWS, COLUMNS, BATCH = 6, 3, 5, 2
-VARIANTS = [{"ssm_ratio": 1}, {"ssm_ratio": 2, "d_state": 4, "gated": True}]
+VARIANTS = [{"ssm_ratio": 1}, {"ssm_ratio": 2}, {"ssm_ratio": 2, "d_state": 4, "gated": True}]
 
 
 def make_mixer(**kwargs) -> SS2D:

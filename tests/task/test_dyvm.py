@@ -6,6 +6,7 @@ import torch
 
 from semivim.task.dyvm import LOSSES, DyVMTask
 from tests.dyvm_models import build_mini, load_golden, replay_noise
+from tests.tolerance import sampled
 
 
 class Recorded(torch.nn.Module):
@@ -37,8 +38,23 @@ def test_golden_training_step(monkeypatch):
     names = {"layers.": "blocks.", "norm_f.": "norm."}
     for name, weight in model.named_parameters():
         released = next((old + name.removeprefix(new) for old, new in names.items() if name.startswith(new)), name)
-        wanted = recorded["grads"][released]
-        assert (weight.grad - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
+        wanted, norm = recorded["grads"][released], recorded["grad_norms"][released]
+        assert (sampled(weight.grad) - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
+        assert abs(weight.grad.norm() - norm) <= 1e-4 * norm, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_under_autocast_is_finite_and_trains_routers_and_gates(dtype):
+    torch.manual_seed(0)
+    model, teacher = (timm.create_model(name, num_classes=4) for name in ("test_dyvm", "test_vim"))
+    task = DyVMTask(model, teacher).train()
+    with torch.autocast("cpu", dtype):
+        result = task(torch.randn(8, 3, 32, 32), torch.arange(8) % 4)
+    assert result["loss"].dtype == torch.float32 and result["output"].dtype == dtype
+    assert all(result[name].isfinite() for name in ("loss", *LOSSES))
+    (1024 * result["loss"]).backward()  # as a scaler does for float16
+    for name, weight in model.named_parameters():
+        assert weight.grad.isfinite().all() and weight.grad.any(), name
 
 
 def test_training_reaches_the_ratios_and_leaves_the_teacher_alone():
