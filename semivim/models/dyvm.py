@@ -143,19 +143,23 @@ class DyVM(Vim):
             The keys that a plain Vim lacks, whose weights stay: those of gates and routers.
 
         Raises:
-            ValueError: If another key is missing.
+            ValueError: If another key is missing, or a weight has another shape; this model is then as it was.
         """
-        found = checkpoint_filter_fn(state_dict, self, container)
-        new = [k for k in self.state_dict() if ".block_head." in k or k.startswith("score_predictors.")]
-        missing = [key for key in self.state_dict() if key not in found]
+        found, own = checkpoint_filter_fn(state_dict, self, container), self.state_dict()
+        new = [k for k in own if ".block_head." in k or k.startswith("score_predictors.")]
+        missing = [key for key in own if key not in found]
         if missing != new:
             other = sorted(set(missing) ^ set(new))
             raise ValueError(f"checkpoint has other keys than a plain Vim: {', '.join(other[:3])}")
+        for name, weight in own.items():
+            if name in found and found[name].shape != weight.shape:
+                shape, wanted = tuple(found[name].shape), tuple(weight.shape)
+                raise ValueError(f"{name} has shape {shape}, wanted {wanted}")
         self.load_state_dict(found, strict=False)
         return missing
 
     def _route(
-        self, x: Tensor, take: list[int], last: int
+        self, x: Tensor, take: list[int], last: int, decides: bool = False
     ) -> tuple[RoutedTokens, list[RoutedTokens], list[Tensor], list[Tensor]]:
         """Run the blocks up to ``last`` on embedded images.
 

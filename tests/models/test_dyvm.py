@@ -124,6 +124,13 @@ def test_what_is_no_plain_vim_is_refused():
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="other keys than a plain Vim: blocks.7"):
         model.load_vim(state)
+    for options, message in (
+        ({"embed_dim": 48}, r"cls_token has shape \(1, 1, 48\), wanted \(1, 1, 32\)"),
+        ({"num_classes": 7}, r"head.weight has shape \(7, 32\), wanted \(10, 32\)"),
+    ):
+        sizes = {"img_size": 112, "embed_dim": 32, "depth": 8, "num_classes": 10} | options
+        with pytest.raises(ValueError, match=message):
+            model.load_vim(Vim(**sizes).state_dict())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
