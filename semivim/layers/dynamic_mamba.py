@@ -94,8 +94,9 @@ class DynamicMamba(BidirectionalMamba):
             slot: Slot of the class token, ``(b, 1)``; None for the middle.
 
         Returns:
-            ``(b, l, d)``, and the gates of the forward and the backward direction, 1 or 0, ``(b, 2)``, in training with
-            the gradient of their probability.
+            ``(b, l, d)``, and what decides on the forward and the backward direction, ``(b, 2)``: in training the gates
+            that were drawn, 1 or 0 with the gradient of their probability, otherwise logits, positive for a direction
+            that is on.
         """
         # Nested, as TorchScript compiles what stands behind an `and`.
         if not torch.jit.is_scripting():  # noqa: SIM102
@@ -105,13 +106,13 @@ class DynamicMamba(BidirectionalMamba):
                     return self._chosen(x, weights)
         xz = self.in_proj(x)
         logits = self.block_head(class_token(xz, slot)).squeeze(1)
-        gates = gate_decisions(logits) if self.training else (logits > 0).to(logits.dtype)
+        gates = gate_decisions(logits) if self.training else logits
         u, z = xz.chunk(2, dim=-1)
         u, u_b = self.convolve(masked(u, mask))
         # The mask again: SiLU of the convolution's bias is not 0.
         f, g = self.direction(masked(u, mask), False), self.direction(masked(u_b, mask), True)
         # A scan and its skip are linear in u, so a gate on u is a gate on the direction's output.
-        on = gates.to(u.dtype).unsqueeze(1)
+        on = (gates if self.training else gates > 0).to(u.dtype).unsqueeze(1)
         f = Direction(f.u * on[..., :1], f.delta, f.bc, f.A, f.D, f.delta_bias, False)
         g = Direction(g.u * on[..., 1:], g.delta, g.bc, g.A, g.D, g.delta_bias, True)
         return self.out_proj(scan([f, g], z, None, 0.5)), gates
@@ -120,23 +121,20 @@ class DynamicMamba(BidirectionalMamba):
     def _chosen(self, x: Tensor, weights: list[DirectionWeights]) -> tuple[Tensor, Tensor]:
         """The same, computing for each image only the directions that it chose."""
         # A single image is projected at once: it seldom leaves out both directions, and the weights are read once.
-        xz = self.in_proj(x) if len(x) == 1 else None
-        token = class_token(x if xz is None else xz, None)
-        logits = self.block_head(self.in_proj(token) if xz is None else token)[:, 0]
-        on = logits > 0
-        gates = on.to(logits.dtype)
-        chosen = on.tolist()  # the one wait for the device
+        xz, middle = self.in_proj(x) if len(x) == 1 else None, (x.shape[1] - 1) // 2
+        logits = self.block_head(self.in_proj(x[:, middle]) if xz is None else xz[:, middle])
+        chosen = [[value > 0 for value in row] for row in logits.tolist()]  # the one wait for the device
         if not any(map(any, chosen)):  # nothing to compute, or no image
-            return torch.zeros_like(x), gates
+            return torch.zeros_like(x), logits
         if chosen.count(chosen[0]) == len(chosen):  # all alike: nothing is sorted
             xz = self.in_proj(x) if xz is None else xz
-            return self.out_proj(_mix(xz, weights, chosen[0])), gates
+            return self.out_proj(_mix(xz, weights, chosen[0])), logits
         groups = {kind: [i for i, choice in enumerate(chosen) if choice == list(kind)] for kind in _KINDS}
         index = torch.tensor(sum(groups.values(), []), device=x.device)
         parts = self.in_proj(x.index_select(0, index)).split([len(rows) for rows in groups.values()])
         mixed = [_mix(part, weights, kind) for part, kind in zip(parts, _KINDS, strict=True) if len(part)]
         y = self.out_proj(torch.cat(mixed))
-        return y.new_zeros(x.shape).index_copy(0, index, y), gates
+        return y.new_zeros(x.shape).index_copy(0, index, y), logits
 
 
 def _mix(xz: Tensor, weights: list[DirectionWeights], chosen: Sequence[bool]) -> Tensor:

@@ -164,8 +164,8 @@ class DyVM(Vim):
         """Run the blocks up to ``last`` on embedded images.
 
         Returns:
-            Tokens after the last block; tokens after each block of ``take``; the patches that each router passed kept,
-            ``(b, m)``; the gates of each block, ``(b, 2)``.
+            Tokens after the last block; tokens after each block of ``take``; if ``decides``, the patches that each
+            router passed kept, ``(b, m)``; what decides on the directions of each block, ``(b, 2)``.
         """
         tokens = RoutedTokens(x)
         taken: list[RoutedTokens] = []
@@ -176,7 +176,8 @@ class DyVM(Vim):
                 for s, router in enumerate(self.score_predictors):
                     if i == self.pruning_loc[s]:
                         tokens = router(tokens)
-                        kept.append(kept_patches(tokens))
+                        if decides:
+                            kept.append(kept_patches(tokens))
                 if self.grad_checkpointing and not torch.jit.is_scripting():
                     x, gate = checkpoint(block, tokens.x, tokens.mask, tokens.slot)
                 else:
@@ -217,10 +218,13 @@ class DyVM(Vim):
 
     @torch.jit.ignore
     def _decide(self, x: Tensor) -> Routed:
-        routed, _, kept, gates = self._route(self._embed(x), [], len(self.blocks) - 1)
+        routed, _, kept, gates = self._route(self._embed(x), [], len(self.blocks) - 1, True)
         tokens = self.norm(restore_grid(routed))
         masks = torch.stack(kept) if kept else tokens.new_zeros(0, len(x), tokens.shape[1] - 1)
-        return Routed(self.forward_head(tokens), tokens, masks, torch.stack(gates))
+        on = torch.stack(gates)
+        if not self.training:  # logits
+            on = (on > 0).to(on.dtype)
+        return Routed(self.forward_head(tokens), tokens, masks, on)
 
     @torch.jit.ignore
     def prune_intermediate_layers(
