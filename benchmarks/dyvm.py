@@ -16,11 +16,11 @@ import argparse
 import platform
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from vim import forward, seconds
 
@@ -40,15 +40,12 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def draw_gates(model: DyVM, share: float) -> None:
-    """Let every image choose each direction of each block with a probability."""
-    draws = torch.Generator().manual_seed(0)
-
-    def choose(_module: nn.Module, _args: object, out: Tensor) -> Tensor:
-        return (torch.rand(out.shape, generator=draws) < share).to(out.dtype) - 0.5
-
+def draw_gates(model: DyVM, share: float, batch: int) -> None:
+    """Let every image choose each direction of each block with a probability; drawn beforehand, to take no time."""
+    draws = torch.rand(100 * len(model.blocks), batch, 2, generator=torch.Generator().manual_seed(0))
+    logits = cycle((draws < share).float() - 0.5)
     for block in model.blocks:
-        block.mixer.block_head.register_forward_hook(choose)
+        block.mixer.block_head.register_forward_hook(lambda *_: next(logits))
 
 
 def gigaflops(name: str, size: int) -> float:
@@ -65,7 +62,7 @@ def compare(name: str, size: int, batch: int, shares: tuple[float, ...], repeats
     runs["Vim"] = partial(forward, timm.create_model(PAIRS[name], img_size=size).eval(), x)
     for share in shares:
         model = timm.create_model(name, img_size=size).eval()
-        draw_gates(model, share)
+        draw_gates(model, share, batch)
         runs[f"directions {share:g}"] = partial(forward, model, x)
     times = seconds(runs, repeats)
     bound = gigaflops(PAIRS[name], size) / gigaflops(name, size)
