@@ -1,5 +1,8 @@
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -7,7 +10,7 @@ import torch
 
 from benchmarks import train_dyvm
 from semivim.runs.checkpoint import save_model
-from tests.training import refused
+from tests.training import ROOT, refused
 
 TINY = ["--dataset", "embedded/digits", "--model", "test_dyvm", "--in-chans", "1", "--mean", "0.5", "--std", "0.5"]
 TINY += ["-b", "8", "--opt", "adamw", "--lr", "1e-3", "--train-batches-per-epoch", "2", "--epochs", "2", "-j", "0"]
@@ -48,3 +51,44 @@ def test_what_does_not_fit_is_refused(tmp_path, teacher, capsys):
         run(tmp_path, teacher, "--model", "test_vim")
     with refused("does not fit the student", capsys):
         run(tmp_path, teacher, "--model-kwargs", "depth=5")
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist
+from timm.utils import unwrap_model
+from benchmarks import train_dyvm
+
+step, seen = train_dyvm.optimizer_step, []
+
+def checked_step(task, batches, *args, **options):
+    model = unwrap_model(task.trainable_module)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = step(task, batches, *args, **options)
+    seen.append(batches[0][0].views[0].sum().item())
+    still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not still, f"no gradient reaches {still}"
+    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(mine, first), f"weights of rank {dist.get_rank()} differ"
+    return result
+
+destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+train_dyvm.optimizer_step = checked_step
+train_dyvm.main(sys.argv[1:])
+parts = [None] * dist.get_world_size()
+dist.all_gather_object(parts, seen)
+assert len(seen) == 2 and not set(parts[0]) & set(parts[1]), "ranks train on the same images"
+destroy()
+"""
+
+
+def test_two_processes_train_one_model_with_its_routers_and_gates(tmp_path, teacher):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    flags = [*TINY, "--epochs", "1", "--weight-decay", "0", "--teacher", f"local-dir:{teacher}", "--device", "cpu"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "ranks.py"), *flags, "--output", str(tmp_path), "--experiment", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["updates"] == 2
