@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import semivim
-from semivim.layers import BidirectionalMamba, insert_middle, remove_middle
+from semivim.layers import BidirectionalMamba, insert_middle, mamba, remove_middle
 from semivim.models.arm_decoder import (
     ArmDecoder,
     ArmModel,
@@ -100,11 +100,14 @@ def wanted(model):
     return torch.arange(n)[:, None] < torch.arange(1, n)[None, :]
 
 
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "ops"])
 @pytest.mark.parametrize("backend", ["reference", "numba"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("cluster", [1, 2])
 @torch.no_grad()
-def test_a_cluster_reaches_all_later_predictions_and_no_other(cluster, backward, backend):
+def test_a_cluster_reaches_all_later_predictions_and_no_other(cluster, backward, backend, direct, monkeypatch):
+    if not direct:
+        monkeypatch.setattr(mamba, "is_eager", lambda _: False)
     model = make_model(cluster, "both")
     with use_backend(backend):
         assert torch.equal(seen(model, backward), wanted(model))
