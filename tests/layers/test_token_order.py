@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from semivim.layers.token_order import insert_middle, remove_middle, resample_pos_embed
 from tests.tolerance import assert_close
@@ -40,6 +41,14 @@ def test_the_grid_is_resampled_bicubically_row_by_row():
     wanted = (torch.arange(12.0) + 0.5) / 2 - 0.5
     assert_close("rows", resampled[4:8, 3, 0], wanted[4:8])
     assert_close("columns", resampled[5, 4, 1], (torch.tensor(4.5) / 2 - 0.5))
+
+
+def test_patches_of_another_grid_are_those_of_timm_and_the_class_row_is_untouched():
+    pos_embed = torch.randn(1, 145, 8)
+    resampled = resample_pos_embed(pos_embed, (14, 14), (12, 12))
+    assert torch.equal(resampled[0, 98], pos_embed[0, 72])
+    wanted = resample_abs_pos_embed(remove_middle(pos_embed)[0], [14, 14], [12, 12], num_prefix_tokens=0)
+    assert_close("patches", remove_middle(resampled)[0], wanted)
 
 
 def test_bfloat16_stays_bfloat16():
