@@ -59,7 +59,7 @@ from semivim.models.arm_decoder import ArmModel, copy_forward_direction, set_fix
 from semivim.runs.checkpoint import save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
-from semivim.runs.progress import Progress, mean_over_ranks, sum_over_ranks
+from semivim.runs.progress import Progress, add_over_ranks
 from semivim.runs.report import Panel, save_images, write_report
 from semivim.runs.run_folder import CURVES, METRICS, PREDICTIONS, WEIGHTS
 from semivim.task.arm import ArmTask, held_out_loss, predicted_images
@@ -297,22 +297,22 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 scheduler.step_update(progress.num_updates)
             log.step(per_update)
             if progress.num_updates % args.log_interval == 0:
-                log.record({"lr": mean_lr(optimizer), **means(mean_over_ranks(progress.interval))})
+                log.record({"lr": mean_lr(optimizer), **means(add_over_ranks(progress.interval))})
                 progress.interval = {}
             if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
-                progress.unreadable = sum_over_ranks(loader.unreadable)
+                progress.gather(loader.unreadable)
                 run.save_recovery(progress)
             if signal_number := stop.asked():
-                progress.unreadable = sum_over_ranks(loader.unreadable)
+                progress.gather(loader.unreadable)
                 run.stop(progress, signal_number)
 
-        progress.unreadable = sum_over_ranks(loader.unreadable)
+        progress.gather(loader.unreadable)
         metrics = {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
             metrics = held_out_loss(model, eval_loader, autocast)
             log.record({"epoch": epoch, "held_out_loss": metrics["loss"], "loss_of_zero": metrics["loss_of_zero"]})
-        epoch_means = means(mean_over_ranks(progress.epoch))
+        epoch_means = means(add_over_ranks(progress.epoch))
         scheduler.step(epoch + 1, metrics.get("loss"))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
         log.epoch(epoch, epoch_means, metrics, mean_lr(optimizer))

@@ -70,7 +70,7 @@ from semivim.flags.train_flags import (
 from semivim.runs.checkpoint import better_model, save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
-from semivim.runs.progress import Progress, add_over_ranks, mean_over_ranks, sum_over_ranks
+from semivim.runs.progress import Progress, add_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
 from semivim.task.posthoc import debiased_copies, refuse_second_removal, start_adjusted
@@ -300,20 +300,18 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 scheduler.step_update(progress.num_updates)
             log.step((1 + ratio) * per_update)
             if progress.num_updates % args.log_interval == 0:
-                log.record(
-                    {"lr": mean_lr(optimizer), **means(mean_over_ranks(progress.interval)), **task_figures(task)}
-                )
+                log.record({"lr": mean_lr(optimizer), **means(add_over_ranks(progress.interval)), **task_figures(task)})
                 progress.interval = {}
             if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
-                progress.unreadable = sum_over_ranks(loader.unreadable)
+                progress.gather(loader.unreadable)
                 run.save_recovery(progress)
             if signal_number := stop.asked():
-                progress.unreadable = sum_over_ranks(loader.unreadable)
+                progress.gather(loader.unreadable)
                 run.stop(progress, signal_number)
 
-        progress.unreadable = sum_over_ranks(loader.unreadable)
+        progress.gather(loader.unreadable)
         measured, better = {}, {}
-        epoch_sums = mean_over_ranks(progress.epoch)
+        epoch_sums = add_over_ranks(progress.epoch)
         epoch_means = means(epoch_sums) | task_figures(task)
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)  # a kill while evaluating must not cost the epoch
@@ -321,7 +319,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             shown = {f"{who}_{name}": metrics[name] for name in shown_metrics for who, metrics in measured.items()}
             labelling = pseudo_label_figures(epoch_sums, epoch_means)
             log.record({"epoch": epoch, **shown, "pseudo_labels": labelling})
-        log.say_once(pseudo_label_summary(add_over_ranks(progress.epoch), source.class_names).get("fault"))
+        log.say_once(pseudo_label_summary(epoch_sums, source.class_names).get("fault"))
         student, teacher = measured.get("student", {}), measured.get("teacher", {})
         scheduler.step(epoch + 1, better.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
@@ -350,7 +348,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         shown_panel = Panel(f"{args.eval_metric} (%)", [f"{who}_{args.eval_metric}" for who in measured])
         panels = (PANELS[0], shown_panel, *PANELS[1:])
         write_report(found.folder, results, log.records, panels, f"{title}, {len(split.labelled)} labels")
-        log.say(results_table(measured, results["pseudo_labels"]))
+        log.say(results_table(measured, source.class_names, results["pseudo_labels"]))
         best = results["best"]
         last = ", ".join(f"{name} {metrics[args.eval_metric]:.2f}" for name, metrics in measured.items())
         log.say(f"{args.eval_metric}: {last} (last epoch), best {best[args.eval_metric]:.2f}")

@@ -53,7 +53,7 @@ from semivim.models import DyVM
 from semivim.runs.checkpoint import save_best, schedule_state
 from semivim.runs.open_run import find_run, open_run
 from semivim.runs.optimizer_step import mean_lr, optimizer_step, update_seed
-from semivim.runs.progress import Progress, sum_over_ranks
+from semivim.runs.progress import Progress, add_over_ranks
 from semivim.runs.report import Panel, results_table, write_report
 from semivim.runs.run_folder import CURVES, METRICS, WEIGHTS
 from semivim.task.dyvm import LOSSES, DyVMTask
@@ -231,22 +231,22 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
                 scheduler.step_update(progress.num_updates)
             log.step(per_update)
             if progress.num_updates % args.log_interval == 0:
-                log.record({"lr": mean_lr(optimizer), **means(progress.interval)})
+                log.record({"lr": mean_lr(optimizer), **means(add_over_ranks(progress.interval))})
                 progress.interval = {}
             if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
-                progress.unreadable = sum_over_ranks(loader.unreadable)
+                progress.gather(loader.unreadable)
                 run.save_recovery(progress)
             if signal_number := stop.asked():
-                progress.unreadable = sum_over_ranks(loader.unreadable)
+                progress.gather(loader.unreadable)
                 run.stop(progress, signal_number)
 
-        progress.unreadable = sum_over_ranks(loader.unreadable)
+        progress.gather(loader.unreadable)
         student = {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs:
             run.save_recovery(progress)
             student = measure()
             log.record({"epoch": epoch, "top1": student["top1"]})
-        figures = means(progress.epoch)
+        figures = means(add_over_ranks(progress.epoch))
         scheduler.step(epoch + 1, student.get(args.eval_metric))
         progress.num_epochs, progress.epoch, progress.schedule = epoch + 1, {}, schedule_state(scheduler)
         log.epoch(epoch, figures, student, mean_lr(optimizer))
@@ -266,7 +266,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     }
     if run.saver:
         write_report(found.folder, results, log.records, PANELS, f"{args.model} taught by {args.teacher}")
-        log.say(results_table({"student": student}))
+        log.say(results_table({"student": student}, source.class_names))
         log.say(f"{found.folder}: {WEIGHTS} (best student), {METRICS}, {CURVES}")
     return results
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +256,40 @@ def test_ranks_stop_at_the_same_update_whichever_gets_the_signal(rank, tmp_path)
         "good.pth.tar",
     ]
     assert 'train_ssl.py", line' not in done.stderr
+
+
+def run_on_two_ranks(folder, number, *flags):
+    """Train on two processes, the second of which gets a signal, 0 for none, in its second update."""
+    script = folder.parent / "signalled.py"
+    script.write_text(SIGNALLED)
+    flags = [*TINY, "--output", str(folder.parent), "--experiment", folder.name, "--device", "cpu", "-b", "2", *flags]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(script), "1", str(int(number)), *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.slow
+def test_figures_of_all_ranks_survive_a_resume_on_as_many_or_on_one(tmp_path):
+    """The stop is in the middle of an interval and of an epoch."""
+    flags = ["--log-interval", "3", "--epochs", "1"]
+    unbroken = run_on_two_ranks(tmp_path / "unbroken", 0, *flags)
+    assert unbroken.returncode == 0, unbroken.stderr
+    assert run_on_two_ranks(tmp_path / "two", signal.SIGTERM, *flags).returncode != 0
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    resumed = run_on_two_ranks(tmp_path / "two", 0, *flags, "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    run(tmp_path / "one", *flags, "--resume", "auto")
+    wanted, two, one = (
+        next(record for record in report(tmp_path / name)["records"] if "lr" in record)
+        for name in ("unbroken", "two", "one")
+    )
+    assert two == pytest.approx(wanted, rel=1e-5)
+    names = ("unbroken", "two", "one")
+    seen = [json.loads((tmp_path / n / "metrics.json").read_text())["pseudo_labels"]["seen"] for n in names]
+    assert seen == [24, 24, 24]  # 3 updates of 8 images
+    assert one["loss_labelled"] == pytest.approx(wanted["loss_labelled"], rel=0.3)
+    assert one["skipped"] == 0
 
 
 DIVERGE = ["--opt", "sgd", "--sched", "cosine", "--epochs", 16, "--val-interval", 16]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from timm.task import TrainingTask
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import Tensor
@@ -20,7 +21,8 @@ class StepResult(NamedTuple):
     """What a step did.
 
     ``taken`` is False where a gradient was not finite and the weights were left as they were. ``figures`` holds the
-    sums of what ``forward`` returned for each batch, the number of ``batches``, and ``skipped``, 0 or 1.
+    sums of what ``forward`` returned for each batch, the number of ``batches``, and ``skipped``: 1 for a step that was
+    not taken, on rank 0, so that it is counted once.
     """
 
     taken: bool
@@ -72,7 +74,8 @@ def optimizer_step(
                 dispatch_clip_grad(parameters, clip["clip_grad"], mode=clip["clip_mode"])
             optimizer.step()
     optimizer.zero_grad()
-    sums |= {"batches": torch.tensor(float(len(batches))), "skipped": torch.tensor(float(not taken))}
+    counted = not taken and not (dist.is_initialized() and dist.get_rank())  # all ranks skip a step alike
+    sums |= {"batches": torch.tensor(float(len(batches))), "skipped": torch.tensor(float(counted))}
     return StepResult(taken, sums)
 
 

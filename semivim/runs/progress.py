@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_SUMS = ("interval", "epoch", "run")
+
 
 @dataclass
 class Progress:
@@ -17,7 +19,8 @@ class Progress:
     Attributes:
         num_updates: Optimizer steps done, skipped ones included.
         num_epochs: Epochs finished, with their evaluation; some updates of the next may be done.
-        interval: Sums of the figures of the steps since the last log line.
+        interval: Sums of the figures of the steps since the last log line. All sums are those of this rank, and after
+            :meth:`gather` rank 0 holds those of all ranks.
         epoch: Sums of the figures of the steps of the unfinished epoch.
         run: Sums of the figures of all steps.
         unreadable: Times each unreadable image was skipped, by its position, over all ranks.
@@ -39,6 +42,16 @@ class Progress:
         add_up(self.epoch, figures)
         add_up(self.run, figures)
 
+    def gather(self, unreadable: dict[int, int]) -> None:
+        """Move the sums of all processes to rank 0, which writes checkpoints; all have to call this.
+
+        Args:
+            unreadable: Times each unreadable image was skipped on this rank.
+        """
+        self.unreadable = sum_over_ranks(unreadable)
+        for name in _SUMS:
+            setattr(self, name, _held_by_rank_0(add_over_ranks(getattr(self, name))))
+
     def restart(self, num_epochs: int, updates_per_epoch: int) -> None:
         """Move to the start of an epoch, where no figures are summed yet."""
         self.num_epochs, self.num_updates = num_epochs, num_epochs * updates_per_epoch
@@ -53,25 +66,28 @@ class Progress:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
+        """Restore what :meth:`state_dict` returned, the sums on rank 0 alone: they are those of all ranks.
 
         Raises:
             KeyError: If an entry is missing.
         """
         for item in fields(self):
-            setattr(self, item.name, state[item.name])
+            value = state[item.name]
+            setattr(self, item.name, _held_by_rank_0(value) if item.name in _SUMS else value)
 
 
 def add_up(sums: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
     """Add ``figures`` to ``sums``, key by key."""
     for key, value in figures.items():
-        sums[key] = sums[key] + value if key in sums else value
+        # sums out of a checkpoint are on the CPU
+        sums[key] = sums[key].to(value.device) + value if key in sums else value
 
 
-def mean_over_ranks(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Average figures over all processes, which all have to call this with the same names and shapes."""
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    return {name: value / size for name, value in add_over_ranks(figures).items()}
+def _held_by_rank_0(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums on rank 0, zeros of the same shapes on the others."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        return sums
+    return {name: torch.zeros_like(value) for name, value in sums.items()}
 
 
 def add_over_ranks(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:

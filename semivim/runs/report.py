@@ -38,20 +38,30 @@ def write_report(
     save_curves(folder / CURVES, records, panels, title)
 
 
-def results_table(columns: Mapping[str, Mapping[str, Any]], pseudo_labels: Mapping[str, Any] | None = None) -> str:
+def results_table(
+    columns: Mapping[str, Mapping[str, Any]],
+    class_names: Sequence[str] | None = None,
+    pseudo_labels: Mapping[str, Any] | None = None,
+) -> str:
     """Metrics of several models side by side, in percent.
 
     Args:
         columns: Title and metrics (see ``ClassificationMetrics``) of each model; the last says which metrics there are.
+        class_names: Names of the classes, if they have any.
         pseudo_labels: ``seen``, ``kept`` and ``fault`` of the unlabelled images (see ``pseudo_label_summary``), if any.
     """
     *_, last = columns.values()
     rows = {name: [metrics[name] for metrics in columns.values()] for name in METRIC_NAMES if name in last}
-    if len(last["per_class_recall"]) <= 20:
-        recalls = zip(*(metrics["per_class_recall"] for metrics in columns.values()), strict=True)
-        rows |= {f"recall of class {c}": list(values) for c, values in enumerate(recalls) if values[-1] is not None}
-    lines = ["".join([f"{'':22}", *(f"{title:>10}" for title in columns)])]
-    lines += ["".join([f"{name:22}", *(f"{value:10.2f}" for value in values)]) for name, values in rows.items()]
+    per_class = [metrics["per_class_recall"] for metrics in columns.values()]
+    if len(per_class[-1]) <= 20:
+        names = [*map(repr, class_names or [])]
+        names += map(str, range(len(names), len(per_class[-1])))  # --num-classes may be more than the names
+        for name, recalls in zip(names, zip(*per_class, strict=True), strict=True):
+            if recalls[-1] is not None:
+                rows[f"recall of class {name}"] = list(recalls)
+    width = max(22, *(len(name) + 1 for name in rows))
+    lines = ["".join([" " * width, *(f"{title:>10}" for title in columns)])]
+    lines += ["".join([f"{name:{width}}", *(f"{value:10.2f}" for value in values)]) for name, values in rows.items()]
     if pseudo_labels:
         lines.append(f"unlabelled images: {pseudo_labels['seen']:,} seen, {pseudo_labels['kept']:,} kept")
         lines += [pseudo_labels["fault"]] if pseudo_labels["fault"] else []

@@ -74,6 +74,15 @@ def test_gradient_that_is_not_finite_changes_nothing():
     assert step(task, optimizer, [batch(1)]).taken
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_step_that_all_ranks_skip_is_counted_once(rank, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    result = step(*make(), [batch(1, scale=float("inf"))])
+    assert not result.taken
+    assert result.figures["skipped"] == (rank == 0)
+
+
 def test_clipping_bounds_the_step():
     task, optimizer = make(lr=1.0)
     before = [p.detach().clone() for p in task.parameters()]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from semivim.runs.progress import Progress, add_up, mean_over_ranks, sum_over_ranks
+from semivim.runs.progress import Progress, add_over_ranks, add_up, sum_over_ranks
 
 
 def test_updates_add_up_in_the_interval_and_in_the_epoch():
@@ -49,11 +49,42 @@ def test_sums():
     assert sum_over_ranks({3: 2}) == {3: 2}
 
 
-def test_figures_are_averaged_over_the_ranks(monkeypatch):
-    mine = {"loss": torch.tensor(1.0), "batches": torch.tensor(2.0)}
-    assert mean_over_ranks(mine) == mine
-    other = torch.tensor([2.0, 4.0], dtype=torch.float64)  # of batches and loss
+def of_rank(rank, monkeypatch, others=()):
+    """Be one of two processes, of which the other one gives ``others`` to each sum over both, one after the other."""
+    others = iter(others)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.add_(other))
-    assert mean_over_ranks(mine) == {"batches": 2.0, "loss": 2.5}
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.add_(next(others)))
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine, {}])
+    )
+
+
+def test_figures_are_added_over_the_ranks(monkeypatch):
+    mine = {"loss": torch.tensor(1.0), "batches": torch.tensor(2.0)}
+    assert add_over_ranks(mine) == mine
+    of_rank(0, monkeypatch, [torch.tensor([2.0, 4.0], dtype=torch.float64)])  # of batches and loss
+    assert add_over_ranks(mine) == {"batches": 4.0, "loss": 5.0}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_checkpoint_holds_the_sums_of_all_ranks_and_no_rank_counts_them_twice(rank, monkeypatch):
+    of_rank(rank, monkeypatch, [torch.tensor([3.0, 5.0])] * 3)
+    progress = Progress()
+    progress.add({"kept": torch.tensor([1.0, 2.0])})
+    progress.gather({7: 1})
+    expected = [4.0, 7.0] if rank == 0 else [0.0, 0.0]
+    assert progress.unreadable == {7: 1}
+    saved = Progress(interval={"kept": torch.tensor([4.0, 7.0])}, run={"kept": torch.tensor([4.0, 7.0])}, epoch={})
+    resumed = Progress()
+    resumed.load_state_dict(saved.state_dict())
+    for sums in (progress.interval, progress.epoch, progress.run, resumed.interval, resumed.run):
+        assert sums["kept"].tolist() == expected
+    assert resumed.epoch == {}
+
+
+def test_sums_of_a_checkpoint_go_to_the_device_of_the_figures():
+    sums = {"kept": torch.ones(2)}
+    add_up(sums, {"kept": torch.ones(2, device="meta")})
+    assert sums["kept"].device.type == "meta"

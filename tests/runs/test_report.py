@@ -36,6 +36,16 @@ def test_table_and_picture(tmp_path):
         assert len(picture.convert("L").getcolors(256)) > 10
 
 
+def test_table_names_classes_by_their_names():
+    metrics = {"top1": 10.0, "per_class_recall": [20.0, None, 30.0]}
+    table = results_table({"student": metrics}, ["dog\nforged", "cat"])
+    assert [line.split() for line in table.splitlines()[2:]] == [
+        ["recall", "of", "class", r"'dog\nforged'", "20.00"],
+        ["recall", "of", "class", "2", "30.00"],
+    ]
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
 def test_report_writes_results_and_picture_of_any_run(tmp_path):
     records = [{"update": i, "loss": 1 / i} for i in range(1, 5)]
     write_report(tmp_path, {"loss": 0.25}, records, [Panel("loss", ["loss"])], "pretraining")
