@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ import train_ssl
 from benchmarks.mutations import ODD, ODD_TENSORS, changed, damaged, damaged_lines
 from semivim.convert import convert
 from semivim.data.label_split import UNKNOWN, load_split, make_split, save_split
-from semivim.data.list_files import read_list
+from semivim.data.list_files import read_list, split_from_lists
 from semivim.data.sources import ImageSource
 from semivim.flags.parser import flag
 from semivim.hub.model_card import public_args
@@ -179,7 +180,7 @@ def _no_image(_: int) -> Image.Image:
 
 
 def label_lists(folder: Path) -> Callable[[Random], Case]:
-    """Lists of images in every format: names, paths with labels, indices and columns."""
+    """Lists of images in every format: names, paths with labels, indices and columns; alone, or to validate with."""
     source = ImageSource(_no_image, _LABELS, ["cat", "dog", "fox"], _NAMES, str(folder / "train"))
     unlabelled = ImageSource(_no_image, [UNKNOWN] * len(_NAMES), None, _NAMES, str(folder / "train"))
     nameless = ImageSource(_no_image, _LABELS, ["cat", "dog", "fox"])
@@ -191,7 +192,8 @@ def label_lists(folder: Path) -> Callable[[Random], Case]:
         "\n".join(["image_id,label", *(f"{name},{name[:3]}" for name in _NAMES[:6])]),
         "\n".join(["# labelled", "", *(f"{name},{label}" for name, label in zip(_NAMES, _LABELS, strict=True))]),
     ]
-    path = folder / "labelled.list"
+    path, labelled = folder / "damaged.list", folder / "labelled.list"
+    labelled.write_text("\n".join(f"{_NAMES[i]} {_LABELS[i]}" for i in (0, 6, 12)))
     tokens = [*TEXT_TOKENS, *_NAMES[:2], "0.jpg", "1", "2", "cat", "Index", "label", "image_id"]
 
     def make(rng: Random) -> Case:
@@ -203,16 +205,19 @@ def label_lists(folder: Path) -> Callable[[Random], Case]:
         path.write_bytes(data)
         part = rng.choice((source, source, unlabelled, nameless))
         data_dir = rng.choice((None, str(folder)))
-        return Case(lambda: read_list(str(path), part, 3, data_dir), (path.name,))
+        if part is nameless or rng.random() < 0.7:
+            return Case(lambda: read_list(str(path), part, 3, data_dir), (path.name,))
+        split = partial(split_from_lists, part, 3, str(labelled), None, data_dir, str(path))
+        return Case(split, (path.name, str(folder), "--"))  # an image may be in both lists
 
     return make
 
 
 def saved_splits(folder: Path) -> Callable[[Random], Case]:
-    """The two files of a saved split."""
+    """The three files of a saved split."""
     labels = np.array(_LABELS)
-    save_split(make_split(labels, 3, per_class=2), folder, _NAMES)
-    whole = {role: (folder / f"{role}.txt").read_bytes() for role in ("labelled", "unlabelled")}
+    save_split(make_split(labels, 3, per_class=2, validation=[0, 8, 16]), folder, _NAMES)
+    whole = {role: (folder / f"{role}.txt").read_bytes() for role in ("labelled", "unlabelled", "validation")}
     tokens = [*TEXT_TOKENS, "2", "17", "cat/1.jpg"]
 
     def make(rng: Random) -> Case:

@@ -15,7 +15,7 @@ from semivim.hub.hub import publish
 from semivim.hub.model_folder import pixel_rules as model_rules
 from semivim.inference import find_images, load_model, predict
 from semivim.utils.terminal import escape, escape_lines
-from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program
+from semivim.utils.user_error import UserError, did_you_mean_file, one_line, user_errors_end_the_program
 
 Labelled = tuple[str, list[tuple[str, float]]]  # an image's path, and its labels with their probabilities
 
@@ -116,7 +116,7 @@ def _predict(args: Namespace) -> Iterator[str]:
             try:
                 yield path, predict(model, path, args.topk, rules)
             except UnreadableImageError as error:
-                sys.stderr.write(f"semivim: error: {escape(one_line(error))}\n")
+                sys.stderr.write(f"semivim: error: {escape(one_line(error) + did_you_mean_file(path))}\n")
                 unread.append(path)
 
     yield from _FORMATS[args.format](labelled(), len(paths))

@@ -19,7 +19,7 @@ from semivim.models import list_models
 from semivim.models.vim_weights import WEIGHTS_ENTRY
 from semivim.runs.checkpoint import save_model
 from semivim.utils.files import load_weights
-from semivim.utils.user_error import UserError, one_line
+from semivim.utils.user_error import UserError, did_you_mean, did_you_mean_file, one_line, short
 
 
 def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.PathLike, entry: str = "") -> nn.Module:
@@ -42,12 +42,14 @@ def convert(checkpoint: str | os.PathLike, model_name: str, folder: str | os.Pat
     if os.path.lexists(folder):
         raise UserError(f"{folder} exists, wanted the name of a folder to create")
     if not folder.parent.is_dir():
-        raise UserError(f"no folder {folder.parent} to create {folder.name} in")
+        hint = did_you_mean_file(folder.parent)
+        raise UserError(f"no folder {folder.parent} to create {folder.name} in{hint}")
     if model_name not in list_models():
-        raise UserError(f"model is {model_name!r}, wanted one of {', '.join(list_models())}")
+        hint = did_you_mean(model_name, list_models())
+        raise UserError(f"--model {model_name}: wanted one of {', '.join(list_models())}{hint}")
     state = load_weights(checkpoint)
     if entry and entry not in state:
-        raise UserError(f"entry is {entry!r}, which {checkpoint} lacks")
+        raise UserError(f"--entry {entry}: {checkpoint} has none, it holds {', '.join(map(short, list(state)[:5]))}")
     try:
         model = _build(model_name, state, entry or WEIGHTS_ENTRY.get(model_name, "model"))
     except (ValueError, RuntimeError) as error:

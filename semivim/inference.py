@@ -21,7 +21,7 @@ from semivim.utils.files import load_weights
 from semivim.utils.model_options import check_name, check_options, did_you_mean_model
 from semivim.utils.pixels import PixelRules
 from semivim.utils.preprocessing import resolve_preprocessing
-from semivim.utils.user_error import UserError, one_line
+from semivim.utils.user_error import UserError, did_you_mean_file, one_line
 
 # of a training state, the teacher's weights first, as timm takes them
 _ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -47,17 +47,18 @@ def load_model(
         name = f"{FOLDER}{name}"
     if name.startswith((HUB, FOLDER)):
         if checkpoint or pretrained or num_classes:
-            raise UserError(f"--model: {name} has its own weights, wanted no pretrained, checkpoint or num_classes")
+            unread = "--pretrained, --checkpoint or --num-classes"
+            raise UserError(f"--model: {name} has its own weights, wanted no {unread}")
         return load_folder(cast(Path, find_folder(name)), f"--model {name}")
     if not timm.is_model(name):
-        hint = did_you_mean_model(name)
+        hint = did_you_mean_model(name) or did_you_mean_file(name)
         raise UserError(f"--model: wanted a timm model, {HUB}org/name or a run folder, got {name!r}{hint}")
     if pretrained == bool(checkpoint):
-        raise UserError(f"--model: {name} needs weights, wanted either pretrained or a checkpoint")
+        raise UserError(f"--model: {name} needs weights, wanted either --pretrained or --checkpoint")
     if checkpoint:
         return _load_checkpoint(name, checkpoint, num_classes)
     if num_classes:
-        raise UserError(f"--num-classes: {num_classes} goes with a checkpoint, wanted none with pretrained weights")
+        raise UserError(f"--num-classes: {num_classes} goes with --checkpoint, wanted none with --pretrained")
     return _load_pretrained(name)
 
 

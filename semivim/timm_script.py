@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import semivim  # noqa: F401  registers the models
-from semivim.utils.user_error import UserError, user_errors_end_the_program
+from semivim.utils.user_error import UserError, did_you_mean_file, user_errors_end_the_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,9 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     with user_errors_end_the_program("python -m semivim.timm_script"):
         if not words or not os.path.isfile(words[0]):
-            raise UserError(
-                f"wanted the path of a script of timm and its arguments, got {words[0] if words else 'none'}"
-            )
+            given = f"{words[0]}{did_you_mean_file(words[0])}" if words else "none"
+            raise UserError(f"wanted the path of a script of timm and its arguments, got {given}")
     sys.argv[:] = words
     sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
     runpy.run_path(words[0], run_name="__main__")

@@ -173,9 +173,13 @@ def test_dry_run_prints_files_and_card(run_dir: Path, capsys: pytest.CaptureFixt
         (["publish", "RUN"], "the following arguments are required: --repo"),
         (
             ["publish", "/no/such", "--repo", "org/name"],
-            "run_dir: wanted a finished run of train_ssl.py",
+            "run folder /no/such lacks model.safetensors, config.json, ",
         ),
-        (["publish", "RUN", "--repo", "alone"], "repo_id: wanted org/name, got 'alone'"),
+        (["publish", "RUNX", "--repo", "org/name"], "did you mean RUN?"),
+        (["predict", "RUN/phto.png", "--model", "RUN"], "did you mean RUN/photo.png?"),
+        (["predict", "RUN/photo.png", "--model", "RUNX"], "did you mean RUN?"),
+        (["predict", "RUN/photo.png", "--model", "local-dir:RUNX"], "did you mean RUN?"),
+        (["publish", "RUN", "--repo", "alone"], "--repo: wanted org/name, got 'alone'"),
         (["publish", "RUN", "--repo", "org/name", "--dry-run", "--privte"], "unrecognized arguments: --privte"),
         (["predict", "/no/such.png", "--model", "local-dir:RUN"], "/no/such.png is unreadable: "),
         (["predict", "RUN/no/such", "RUN", "--model", "local-dir:RUN", "--topk", "9"], "--topk: wanted 1 to 5, got 9"),
@@ -194,7 +198,7 @@ def test_mistake_is_one_line_and_status_2(
         main([word.replace("RUN", str(run_dir)) for word in argv])
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("semivim") and cause in error
+    assert error.startswith("semivim") and cause.replace("RUN", str(run_dir)) in error
     assert error.count("\n") == 1
 
 

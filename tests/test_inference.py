@@ -303,14 +303,14 @@ def test_damaged_weights_are_no_labels(photo: Image.Image, tmp_path: Path) -> No
     ("name", "options", "cause"),
     [
         ("test_vmi", {"pretrained": True}, "got 'test_vmi'; did you mean .*test_vim"),
-        ("test_vim", {}, "needs weights, wanted either pretrained or a checkpoint"),
+        ("test_vim", {}, "needs weights, wanted either --pretrained or --checkpoint"),
         ("test_vim", {"pretrained": True}, "no pretrained weights exist for test_vim"),
         ("test_vim.nope", {"pretrained": True}, r"test_vim.nope: Invalid pretrained tag \(nope\)"),
         ("hf-hub:alone", {}, "^hf-hub: wanted org/name, got 'alone'"),
         ("hf-hub:org/bad name", {}, "^hf-hub: wanted org/name, got 'org/bad name'"),
         ("hf-hub:org/name", {"pretrained": True}, "has its own weights"),
         ("local-dir:/no/such", {"num_classes": 3}, "has its own weights"),
-        ("vim_tiny_patch16_224", {"pretrained": True, "num_classes": 3}, "--num-classes: 3 goes with a checkpoint"),
+        ("vim_tiny_patch16_224", {"pretrained": True, "num_classes": 3}, "--num-classes: 3 goes with --checkpoint"),
         ("local-dir:/no/such", {}, "local-dir:/no/such lacks config.json, model.safetensors"),
     ],
 )

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,7 +137,8 @@ def make_split(  # noqa: PLR0913
     given = {"fraction": fraction, "per_class": per_class, "imb_n1": imb_n1}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
-        raise UserError(f"exactly one of {', '.join(given)} must be given, got {', '.join(chosen) or 'none'}")
+        flags, taken = (", ".join(_FLAGS[name] for name in names) for names in (given, chosen))
+        raise UserError(f"give exactly one of {flags}, got {taken or 'none'}")
     _refuse_unread(
         "imb_n1", imb_n1, imb_m1=(imb_m1, None), imb_factor_l=(imb_factor_l, 1), imb_factor_u=(imb_factor_u, 1)
     )
@@ -211,6 +212,7 @@ def complete_split(
     include_labelled: bool = False,
     validation: Sequence[int] | np.ndarray = (),
     class_names: Sequence[str] | None = None,
+    describe: Callable[[int], str] = "image {}".format,
 ) -> LabelSplit:
     """Make a checked split of given positions.
 
@@ -223,19 +225,20 @@ def complete_split(
         include_labelled: Use the labelled images as unlabelled ones too.
         validation: Positions of the images held out for evaluation, which all have a label.
         class_names: Names of the classes for messages.
+        describe: Names the image at a position, for messages.
 
     Raises:
         UserError: If a position is out of range, repeated, or without a label; if a class, or all, have no labelled
             image; if labelled and unlabelled images overlap, or those held out overlap with others.
     """
-    check_labels(labels, num_classes)
+    check_labels(labels, num_classes, describe)
     validation = _check_positions("validation", validation, len(labels))
     labelled = _check_positions("labelled", labelled, len(labels))
     if len(labelled) == 0:
         raise UserError(f"none of the {len(labels)} images is labelled: label more, or give --min-per-class 1")
     if (labels[labelled] == UNKNOWN).any():
         first = labelled[labels[labelled] == UNKNOWN][0]
-        raise UserError(f"labelled image {first} has no known label")
+        raise UserError(f"{describe(first)} is to be labelled, but its class is not known")
     if unlabelled is None:
         unlabelled = np.setdiff1d(np.arange(len(labels)), np.concatenate([labelled, validation]))
     else:
@@ -243,14 +246,14 @@ def complete_split(
         both = np.intersect1d(labelled, unlabelled)
         if len(both) and not include_labelled:
             raise UserError(
-                f"{len(both)} images are both labelled and unlabelled, the first is image {both[0]}; "
+                f"{len(both)} images are both labelled and unlabelled, the first is {describe(both[0])}; "
                 f"--unlabeled-include-labeled accepts that"
             )
     if include_labelled:
         unlabelled = np.union1d(labelled, unlabelled)
     both = np.intersect1d(validation, np.union1d(labelled, unlabelled))
     if len(both):
-        raise UserError(f"{len(both)} images are to train on and to validate, the first is image {both[0]}")
+        raise UserError(f"{len(both)} images are to train on and to validate, the first is {describe(both[0])}")
     split = LabelSplit(labels, labelled, unlabelled, num_classes, class_names, validation)
     missing = split.classes_without_label
     if len(missing) and min_per_class > 0:
@@ -261,11 +264,12 @@ def complete_split(
     return split
 
 
-def check_labels(labels: np.ndarray, num_classes: int) -> None:
+def check_labels(labels: np.ndarray, num_classes: int, describe: Callable[[int], str] = "image {}".format) -> None:
     """Refuse labels outside [-1, num_classes)."""
     wrong = np.flatnonzero((labels < UNKNOWN) | (labels >= num_classes))
     if len(wrong):
-        raise UserError(f"label {labels[wrong[0]]} of image {wrong[0]} is out of range for --num-classes {num_classes}")
+        label, image = labels[wrong[0]], describe(wrong[0])
+        raise UserError(f"label {label} of {image} is out of range for --num-classes {num_classes}")
 
 
 def long_tail(
@@ -301,14 +305,14 @@ def _refuse_unread(required: str, required_value: int | None, **values: tuple[fl
             raise ValueError(f"{name} is {value}, but read only with {required}")
 
 
-def _class(label: int, class_names: Sequence[str] | None) -> str:
+def class_name(label: int, class_names: Sequence[str] | None) -> str:
     """A class as the user knows it."""
     return repr(class_names[label]) if class_names and label < len(class_names) else str(label)
 
 
 def _listed(classes: np.ndarray, class_names: Sequence[str] | None, limit: int = 10) -> str:
     more = ", ..." if len(classes) > limit else ""
-    return ", ".join(_class(label, class_names) for label in classes[:limit]) + more
+    return ", ".join(class_name(label, class_names) for label in classes[:limit]) + more
 
 
 def _check_positions(name: str, positions: Sequence[int] | np.ndarray, num_images: int) -> np.ndarray:
@@ -325,7 +329,7 @@ def _check_positions(name: str, positions: Sequence[int] | np.ndarray, num_image
 def _shuffled_members(labels: np.ndarray, num_classes: int, seed: int, fold: int) -> list[np.ndarray]:
     """Positions of each class in an order that depends on (seed, fold, class) only, so that draws are nested."""
     if seed < 0 or fold < 0:
-        raise UserError(f"seed and fold must not be negative, got seed={seed}, fold={fold}")
+        raise UserError(f"--split-seed and --fold must not be negative, got {seed} and {fold}")
     return [
         np.random.default_rng([seed, fold, label]).permutation(np.flatnonzero(labels == label))
         for label in range(num_classes)
@@ -343,7 +347,7 @@ def _up_to(sizes: np.ndarray, per_class: int, class_names: Sequence[str] | None)
     """Images of each class to label, where a class may have fewer; a line names those that do."""
     short = np.flatnonzero((sizes > 0) & (sizes < per_class))  # num_classes may be more than the data set has
     if len(short):
-        named = ", ".join(f"{_class(label, class_names)} {sizes[label]}" for label in short[:10])
+        named = ", ".join(f"{class_name(label, class_names)} {sizes[label]}" for label in short[:10])
         more = ", ..." if len(short) > 10 else ""
         _logger.warning("--labels-per-class %d: %d classes have fewer images: %s%s", per_class, len(short), named, more)
     return np.minimum(sizes, per_class)
@@ -352,7 +356,7 @@ def _up_to(sizes: np.ndarray, per_class: int, class_names: Sequence[str] | None)
 def _take(members: list[np.ndarray], counts: np.ndarray, name: str, class_names: Sequence[str] | None) -> np.ndarray:
     for label, (available, wanted) in enumerate(zip(members, counts, strict=True)):
         if wanted > len(available):
-            of = _class(label, class_names)
+            of = class_name(label, class_names)
             raise UserError(f"{name} wants {wanted} images of class {of}, only {len(available)} are left")
         if wanted < 0:
             raise UserError(f"{name} must not be negative, got {wanted}")
@@ -430,7 +434,7 @@ def load_split(
         skip = 1 if role == "unlabelled" else 2
         positions = _check_positions(str(path), np.array([int(row[0]) for row in rows], dtype=np.int64), len(labels))
         if role != "unlabelled":
-            _fill_labels(path, labels, rows, num_classes)
+            _fill_labels(path, labels, rows, num_classes, class_names)
         if names is not None:
             _check_names(path, names, rows, skip)
         parts[role] = (positions, header[2])
@@ -470,18 +474,21 @@ def _read_saved(path: Path, role: str) -> tuple[tuple[int, int, str], list[list[
     return (int(match[3]), int(match[4]), match[5]), rows
 
 
-def _fill_labels(path: Path, labels: np.ndarray, rows: list[list[str]], num_classes: int) -> None:
-    for row in rows:
+def _fill_labels(
+    path: Path, labels: np.ndarray, rows: list[list[str]], num_classes: int, class_names: Sequence[str] | None
+) -> None:
+    for number, row in enumerate(rows, start=2):
         index, label = int(row[0]), int(row[1])
         if label >= num_classes:
-            raise UserError(f"{path} says class {label} for image {index}, the data set has {num_classes} classes")
+            raise UserError(f"{path}, line {number}: class {label}, the data set has {num_classes} classes")
         if labels[index] not in (UNKNOWN, label):
-            raise UserError(f"{path} says class {label} for image {index}, the data set says {labels[index]}")
+            said, known = (class_name(c, class_names) for c in (label, labels[index]))
+            raise UserError(f"{path}, line {number}: class {said}, the data set says {known}")
         labels[index] = label
 
 
 def _check_names(path: Path, names: Sequence[str], rows: list[list[str]], column: int) -> None:
-    for row in rows:
+    for number, row in enumerate(rows, start=2):
         name = names[int(row[0])]
         if len(row) > column and _in_one_line(name) != row[column]:
-            raise UserError(f"{path} says {row[column]!r} is image {row[0]}, the data set has {name!r}")
+            raise UserError(f"{path}, line {number}: image {row[0]} is {row[column]!r}, in the data set {name!r}")

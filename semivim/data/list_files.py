@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semivim.data.image_files import file_order, image_extensions
-from semivim.data.label_split import UNKNOWN, LabelSplit, complete_split
+from semivim.data.label_split import UNKNOWN, LabelSplit, class_name, complete_split
 from semivim.data.sources import ImageSource
 from semivim.utils.user_error import UserError, did_you_mean_file, one_line
 
@@ -68,7 +68,8 @@ def split_from_lists(
         labels[positions] = np.where(given == UNKNOWN, labels[positions], given)
     unlabelled = lists["unlabelled"].positions if "unlabelled" in lists else None
     held_out = lists["validation"].positions if "validation" in lists else ()
-    return complete_split(labels, num_classes, lists["labelled"].positions, unlabelled, validation=held_out, **options)
+    options |= {"validation": held_out, "describe": source.describe}
+    return complete_split(labels, num_classes, lists["labelled"].positions, unlabelled, **options)
 
 
 def listed_classes(path: str) -> list[str] | None:
@@ -107,7 +108,7 @@ def read_list(path: str, source: ImageSource, num_classes: int, data_dir: str | 
             raise UserError(f"{where}: label {label} is out of range for --num-classes {num_classes}")
         known = source.labels[position]
         if UNKNOWN not in (label, known) and label != known:
-            ours, theirs = (repr(source.class_names[i]) if source.class_names else i for i in (label, known))
+            ours, theirs = (class_name(i, source.class_names) for i in (label, known))
             raise UserError(f"{where}: class {ours}, but the data set has {source.describe(position)} as {theirs}")
         seen[position] = number
         labels.append(label)
@@ -242,9 +243,7 @@ def _label(text: str, class_names: Sequence[str] | None, known: int) -> int:
     if known in meanings:
         return known
     if len(set(meanings)) > 1:
-        raise UserError(
-            f"{text!r} is the name of class {names.index(text)} and the number of another: wanted names alone"
-        )
+        raise UserError(f"{text!r} is the name of one class and the number of another: wanted names alone")
     return meanings[0]
 
 

@@ -1,5 +1,6 @@
 """Image sources: access by index to timm's datasets, plain folders and scikit-learn's digits."""
 
+import io
 import logging
 import os
 import pickle
@@ -28,7 +29,7 @@ from semivim.data.wds_shards import ShardReader, index_shards
 from semivim.hub.hub_session import hub_session, is_hub_error
 from semivim.utils.model_options import MAX_CLASSES
 from semivim.utils.pixels import DEFAULT_RULES, PixelRules, refuse_extreme_shape, to_8_bit, uses_little_of_its_range
-from semivim.utils.user_error import UserError, did_you_mean_file
+from semivim.utils.user_error import UserError, did_you_mean, did_you_mean_file
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ _WORKING_SOURCES = (
     "'' (a folder or .tar with one sub-folder a class), 'torch/<name>', 'hfds/<name>', 'wds/<name>', "
     "'embedded/digits', 'embedded/photos' (no labels)"
 )
+# What a misspelt name may have meant: those of the Hub and of a folder of shards are not known here.
+_KNOWN_NAMES = ("embedded/digits", "embedded/photos") + (
+    "torch/cifar10", "torch/cifar100", "torch/fashion_mnist", "torch/imagenet", "torch/inaturalist", "torch/kmnist",
+    "torch/mnist", "torch/places365", "torch/qmnist", "torch/stl10",
+)  # fmt: skip
 # Options of timm that each kind of data set reads; timm ignores the others, or fails on them.
 _OPTIONS: dict[str, set[str]] = {
     "": {"class_map", "input_key"},
@@ -97,7 +103,10 @@ class ImageSource:
         self._range_said = _range_said()  # travels to worker processes
         given = np.asarray(labels)
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-            raise UserError(f"labels must be one whole number an image, got {given.dtype} of shape {given.shape}")
+            raise UserError(
+                f"labels must be one whole number an image, got {given.dtype} of shape {given.shape}; "
+                "--target-key names another column"
+            )
         self.labels = given.astype(np.int64)
         self.class_names = None if class_names is None else list(class_names)
         self.names = None if names is None else list(names)
@@ -219,10 +228,10 @@ def open_unlabelled_folder(root: str) -> ImageSource:
         UserError: If the folder is missing or holds no image.
     """
     if not os.path.isdir(root):
-        raise UserError(f"unlabelled folder {root!r} is not a directory{did_you_mean_file(root)}")
+        raise UserError(f"--unlabeled-dir {root!r} is not a directory{did_you_mean_file(root)}")
     names = find_image_files(root).names
     if not names:
-        raise UserError(f"unlabelled folder {root!r} holds no image that Pillow reads")
+        raise UserError(f"folder {root!r} holds no image that Pillow reads")
     return ImageSource(_FileReader(root, names), np.full(len(names), UNKNOWN), names=names, root=root)
 
 
@@ -249,9 +258,7 @@ class _TimmReader:
     def __call__(self, index: int) -> Image.Image:
         file, *_ = self.reader[index]
         with file:
-            image = Image.open(file)
-            image.load()
-        return image
+            return Image.open(io.BytesIO(file.read()))  # decoded where the size is known
 
 
 class _PairReader:
@@ -280,8 +287,12 @@ def _kind(dataset: str) -> str:
         )
     prefix, slash, _ = dataset.partition("/")
     if not (prefix and slash and prefix.lower() in _OPTIONS):
-        raise UserError(f"dataset {dataset!r} is not known; wanted {_WORKING_SOURCES}")
+        raise UserError(f"dataset {dataset!r} is not known; wanted {_WORKING_SOURCES}{_did_you_mean_dataset(dataset)}")
     return prefix.lower()
+
+
+def _did_you_mean_dataset(name: str) -> str:
+    return "" if name.lower() in _KNOWN_NAMES else did_you_mean(name.lower(), _KNOWN_NAMES)
 
 
 def _split_folder(data_dir: str, split: str) -> str:
@@ -294,6 +305,7 @@ def _split_folder(data_dir: str, split: str) -> str:
         f"split {split!r} has no folder of its own in --data-dir {data_dir!r}, which holds "
         f"{', '.join(subfolders[:10]) or 'no folder'}{', ...' if len(subfolders) > 10 else ''}; where its folders are "
         "classes, train_ssl.py --val-fraction 0.1 or train_arm.py --unlabeled-dir holds validation images out"
+        f"{did_you_mean(split, subfolders)}"
     )
 
 
@@ -317,17 +329,20 @@ def _opening(dataset: str, data_dir: str | None, split: str) -> Iterator[None]:
             if is_hub_error(error):
                 raise
             reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
-            raise UserError(f"dataset {dataset!r} in --data-dir {data_dir!r}, split {split!r}: {reason}") from error
+            hint = _did_you_mean_dataset(dataset) if dataset.lower().startswith("torch/") else ""
+            raise UserError(
+                f"dataset {dataset!r} in --data-dir {data_dir!r}, split {split!r}: {reason}{hint}"
+            ) from error
 
 
 def _open_timm(
     kind: str, dataset: str, data_dir: str | None, split: str, needs_labels: bool, **options: Any
 ) -> ImageSource:
     needs_folder = kind != "hfds" and not (data_dir and options.get("download"))
-    if needs_folder and not os.path.exists(data_dir or ""):
-        raise UserError(
-            f"--data-dir {data_dir!r} does not exist (dataset {dataset!r}){did_you_mean_file(data_dir or '')}"
-        )
+    if needs_folder and not data_dir:
+        raise UserError(f"dataset {dataset!r} needs --data-dir")
+    if data_dir and needs_folder and not os.path.exists(data_dir):
+        raise UserError(f"--data-dir {data_dir!r} does not exist (dataset {dataset!r}){did_you_mean_file(data_dir)}")
     if kind == "wds":
         read, labels, names = index_shards(data_dir or "", split, options.get("input_key"), options.get("target_key"))
         return ImageSource(read, labels, names=names, root=data_dir)
@@ -392,7 +407,8 @@ def _label(root: str, names: list[str], class_map: str) -> tuple[list[str], list
         try:
             class_to_idx = load_class_map(class_map, root)
         except _OPENING_ERRORS as error:
-            raise UserError(f"--class-map {class_map!r}: {error}") from error
+            hint = "" if os.path.exists(os.path.join(root, class_map)) else did_you_mean_file(class_map)
+            raise UserError(f"--class-map {class_map!r}: {error}{hint}") from error
         names = [name for name, folder in zip(names, folders, strict=True) if folder in class_to_idx]
         folders = [folder for folder in folders if folder in class_to_idx]
     else:

@@ -26,7 +26,7 @@ class Shards(NamedTuple):
 
 
 class ShardReader:
-    """Decodes the image at an index from its bytes in a tar file.
+    """Opens the image at an index from its bytes in a tar file.
 
     Args:
         places: File, offset and size in bytes of each image.
@@ -39,9 +39,7 @@ class ShardReader:
         path, offset, size = self.places[index]
         with open(path, "rb") as file:
             file.seek(offset)
-            image = Image.open(io.BytesIO(file.read(size)))
-        image.load()
-        return image
+            return Image.open(io.BytesIO(file.read(size)))  # decoded where the size is known
 
 
 def index_shards(root: str, split: str, input_key: str | None = None, target_key: str | None = None) -> Shards:
@@ -63,7 +61,8 @@ def index_shards(root: str, split: str, input_key: str | None = None, target_key
     """
     shards = sorted(path for path in Path(root).glob("*.tar") if split in path.stem)
     if not shards:
-        raise UserError(f"split {split!r}: no shard *{split}*.tar in {root}")
+        found = ", ".join(sorted(path.name for path in Path(root).glob("*.tar"))[:5]) or "no .tar"
+        raise UserError(f"split {split!r}: no shard *{split}*.tar in {root}, which holds {found}")
     image_keys = tuple(input_key.lower().split(";")) if input_key else IMAGE_KEYS
     target_key = target_key.lower() if target_key else TARGET_KEY
     places: list[tuple[str, int, int]] = []

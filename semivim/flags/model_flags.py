@@ -26,13 +26,16 @@ from semivim.utils.model_options import MAX_CLASSES, check_name, check_options
 from semivim.utils.preprocessing import MAX_SIDE_PX
 from semivim.utils.user_error import UserError, one_line
 
-# What gives a model an argument that it may not take.
+# The flag that gives a model an argument.
 _GIVEN_BY = {
     "drop_path_rate": "--drop-path",
     "drop_rate": "--drop",
     "global_pool": "--gp",
     "in_chans": "--in-chans",
-    "ssmixup_c": "--pseudo-mixup ss: SSMixup needs a Vim (vim_* or semivim_*)",
+    "img_size": "--img-size",
+    "num_classes": "--num-classes",
+    "ssmixup_c": "--ssmixup-c",
+    "ssmixup_layers": "--ssmixup-layers",
 }
 # A -c file may come from elsewhere, so what takes memory is bounded.
 CLASSES = Number(1, MAX_CLASSES, kind=int)
@@ -220,6 +223,14 @@ def _load(args: argparse.Namespace, files: list[str], given: dict[str, Any]) -> 
         raise UserError(f"{named}: the weights do not load: {one_line(error)}") from error
 
 
+def _naming_flags(error: UserError, args: argparse.Namespace) -> UserError:
+    """The error with flags in the place of the model's arguments that they gave."""
+    text = str(error)
+    for name in _GIVEN_BY.keys() - args.model_kwargs.keys():
+        text = re.sub(rf"\b{name}\b", _GIVEN_BY[name], text)
+    return type(error)(text)
+
+
 def _suitable(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """The options that the model takes: without the size of its images where it takes images of any size.
 
@@ -228,7 +239,11 @@ def _suitable(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, An
     """
     what = f"--model {args.model}"
     if folder := find_folder(args.model, [CONFIG]):
-        check_config(folder, what, options)
+        check_config(folder, what)
+        try:
+            check_config(folder, what, options)
+        except UserError as error:
+            raise _naming_flags(error, args) from error
         return options
     check_name(args.model, what)
     named = f"{what} --model-kwargs {args.model_kwargs}" if args.model_kwargs else what
@@ -240,9 +255,11 @@ def _suitable(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, An
             match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             name = match[1] if match else ""
             if name not in options or name in args.model_kwargs:
-                raise
+                raise _naming_flags(error, args) from error
             if name != "img_size" and options[name]:
-                raise UserError(f"{what} does not take {_GIVEN_BY.get(name, name)}") from error
+                needs_vim = "--pseudo-mixup ss: SSMixup needs a Vim (vim_* or semivim_*)"
+                given_by = needs_vim if name == "ssmixup_c" else _GIVEN_BY.get(name, name)
+                raise UserError(f"{what} does not take {given_by}") from error
             options = {key: value for key, value in options.items() if key != name}
 
 
@@ -284,13 +301,16 @@ def open_device(args: argparse.Namespace) -> torch.device:
     """Import ``--device-modules``, join the other processes, and write device and ranks into ``args`` as timm does.
 
     Raises:
-        UserError: If the device cannot be used.
+        UserError: If the device cannot be used, or the port on which the processes meet is in use.
     """
     for module in args.device_modules or []:
         importlib.import_module(module)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = init_distributed_device(args)
+    except torch.distributed.DistNetworkError as error:
+        hint = "torchrun --standalone takes a free port"
+        raise UserError(f"the processes of the run cannot meet: {one_line(error)}; {hint}") from error
     except (AssertionError, RuntimeError) as error:
         raise UserError(f"--device {args.device}: {one_line(error)}") from error
     if args.distributed:

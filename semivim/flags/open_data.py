@@ -75,4 +75,5 @@ def _new_split(args: argparse.Namespace, source: ImageSource, listed: ImageSourc
     known = len(listed)
     labels = np.concatenate([split.labels, source.labels[known:]])
     unlabelled = np.concatenate([split.unlabelled, np.arange(known, len(source))])
-    return complete_split(labels, num_classes, split.labelled, unlabelled, validation=split.validation, **options)
+    options |= {"validation": split.validation, "describe": source.describe}
+    return complete_split(labels, num_classes, split.labelled, unlabelled, **options)

@@ -79,14 +79,14 @@ def publish(
         with TemporaryDirectory(prefix="semivim-publish-") as stage:
             return _publish(run, Path(stage), repo_id, tag, license_id, private, dry_run)
     except OSError as error:
-        raise UserError(f"run_dir: {run.folder} cannot be copied: {one_line(error)}") from error
+        raise UserError(f"run folder {run.folder} cannot be copied: {one_line(error)}") from error
 
 
 def _publish(
     run: Run, stage: Path, repo_id: str, tag: str | None, license_id: str | None, private: bool, dry_run: bool
 ) -> Publication:
     card = _stage(run, stage, repo_id, tag or "", license_id)
-    images, logits = _reference_logits(stage, f"run_dir: {run.folder}")
+    images, logits = _reference_logits(stage, f"run folder {run.folder}")
     files = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
     api = HfApi(library_name="semivim", library_version=semivim.__version__)
     url = f"{api.endpoint}/{repo_id}"
@@ -106,14 +106,14 @@ def _publish(
 
 
 def _check_names(repo_id: str, tag: str | None, license_id: str | None) -> None:
-    check_repo_id(repo_id, "repo_id")
+    check_repo_id(repo_id, "--repo")
     # less than git allows: a tag stands in an address and in hf-hub:org/name@tag, where main is the branch
     if tag is not None and not re.fullmatch(r"(?!main$)\w+([.-](?!lock$)\w+)*", tag, re.ASCII):
         raise UserError(
-            f"tag: wanted letters, digits and '_', with single '.' or '-' between, no main, no .lock; got {tag!r}"
+            f"--tag: wanted letters, digits and '_', with single '.' or '-' between, no main, no .lock; got {tag!r}"
         )
     if license_id is not None:
-        check_license(license_id, "license")
+        check_license(license_id, "--license")
 
 
 def _stage(run: Run, stage: Path, repo_id: str, revision: str, license_id: str | None) -> str:

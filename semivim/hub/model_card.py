@@ -14,7 +14,7 @@ from semivim.hub.markdown import bullets, inert, plain, table
 from semivim.hub.model_folder import read_config, read_mapping
 from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, SUMMARY, WEIGHTS
 from semivim.utils.files import load_yaml
-from semivim.utils.user_error import UserError, one_line, short
+from semivim.utils.user_error import UserError, did_you_mean_file, one_line, short
 
 RUN_FILES = (WEIGHTS, CONFIG, ARGS, METRICS, SUMMARY, CURVES)
 # Flags that say where a run was written or resumed from: they are no part of how to repeat it.
@@ -107,12 +107,13 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: If a file is missing, unreadable or without the values a card needs.
     """
+    where = f"run folder {folder}"
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"run_dir: wanted a finished run of train_ssl.py or train_arm.py, {folder} lacks {', '.join(missing)}"
+            f"{where} lacks {', '.join(missing)}: wanted that of a finished run of train_ssl.py or train_arm.py"
+            f"{did_you_mean_file(folder)}"
         )
-    where = f"run_dir: {folder}"
     args = read_mapping(folder / ARGS, load_yaml, where)
     if odd := [key for key in args if not (isinstance(key, str) and re.fullmatch(r"[a-z][a-z0-9_]*", key))]:
         raise UserError(f"{where}: {ARGS}: wanted names of flags, got {short(odd[0])}")

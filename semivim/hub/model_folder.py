@@ -27,7 +27,7 @@ from semivim.utils.model_options import (
 )
 from semivim.utils.pixels import DEFAULT_RULES, PixelRules
 from semivim.utils.preprocessing import check_preprocessing
-from semivim.utils.user_error import UserError, one_line, short
+from semivim.utils.user_error import UserError, did_you_mean_file, one_line, short
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 MODEL_FILES = (CONFIG, WEIGHTS)
@@ -77,7 +77,7 @@ def load_folder(folder: Path, where: str) -> nn.Module:
     """
     lacking = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if lacking:
-        raise UserError(f"{where} lacks {', '.join(lacking)}")
+        raise UserError(f"{where} lacks {', '.join(lacking)}{did_you_mean_file(folder)}")
     try:
         check_weights_file(folder / WEIGHTS)
     except UserError as error:
@@ -180,7 +180,7 @@ def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[st
     try:
         value = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{where}: {path.name}: {one_line(error)}") from error
+        raise UserError(f"{where}: {path.name}: {one_line(error)}{did_you_mean_file(path.parent)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: {path.name}: wanted a mapping, got {type(value).__name__}")
     return value

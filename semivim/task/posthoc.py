@@ -72,7 +72,8 @@ def shift_head(model: nn.Module, prior: Tensor, tau: float) -> None:
     head = model.get_classifier()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or head.bias is None:
         kind = f"{type(head).__name__}{' without a bias' if isinstance(head, nn.Linear) else ''}"
-        raise UserError(f"a prior is removed from the bias of a linear head (nn.Linear), got {kind}")
+        flags = "--posthoc-debias and --logit-adjust-tau"
+        raise UserError(f"{flags} remove a prior from the bias of a linear head (nn.Linear), got {kind}")
     head.bias.sub_(tau * prior.to(head.bias).log())
 
 

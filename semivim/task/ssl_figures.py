@@ -99,7 +99,8 @@ def pseudo_label_summary(sums: Mapping[str, Tensor], class_names: Sequence[str] 
     if kept == 0:
         fault = "no unlabelled image was kept, as no confidence exceeded --threshold: they taught nothing"
     elif most == kept and 2 * kept >= seen and len(sums["kept"]) > 1:
-        name = class_names[largest] if class_names else f"class {largest}"
+        names = class_names or []  # --num-classes may be more than there are
+        name = names[largest] if largest < len(names) else f"class {largest}"
         fault = f"every unlabelled image that was kept has the pseudo-label {name!r}: they taught that class only"
     return {"seen": seen, "kept": kept, "fault": fault}
 

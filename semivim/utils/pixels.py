@@ -51,7 +51,7 @@ def to_8_bit(image: Image.Image, rules: PixelRules) -> Image.Image:
     if image.mode in ("I", "F"):
         raise UserError(
             f"the range of its pixels is not known (mode {image.mode}), wanted 8 or 16 bits a channel"
-            f"{', or a max_value' if image.mode == 'I' else ''}"
+            f"{', or --max-value' if image.mode == 'I' else ''}"
         )
     if image.has_transparency_data:
         return _compose(image, rules.alpha_background)

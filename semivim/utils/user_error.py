@@ -7,7 +7,7 @@ import re
 import reprlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -87,6 +87,12 @@ def short(value: Any) -> str:
     bounded.maxlevel, bounded.maxstring, bounded.maxother = 3, 60, 60
     text = " ".join(bounded.repr(value).splitlines())  # a tensor has several
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """The name nearest to a word, as the end of an error; '' where none is near."""
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def did_you_mean_file(path: str | os.PathLike) -> str:

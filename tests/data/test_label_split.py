@@ -172,8 +172,8 @@ def test_long_tailed_split_takes_labelled_first_and_may_reverse_the_rest():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of fraction, per_class, imb_n1 must be given, got none"),
-        ({"fraction": 0.1, "per_class": 4}, "got fraction, per_class"),
+        ({}, "give exactly one of --label-fraction, --labels-per-class, --imb-n1, got none"),
+        ({"fraction": 0.1, "per_class": 4}, "got --label-fraction, --labels-per-class"),
         ({"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0.0"),
         ({"fraction": 1.5}, "got 1.5"),
         ({"fraction": float("nan")}, "got nan"),
@@ -195,7 +195,7 @@ def test_long_tailed_split_takes_labelled_first_and_may_reverse_the_rest():
         ({"imb_n1": 10, "imb_factor_l": 100}, "have no labelled image: 3, 4"),
         ({"imb_n1": 60, "imb_m1": 60}, "--imb-m1 wants 60 images of class 0, only 40 are left"),
         ({"imb_n1": 60, "imb_m1": 4, "imb_factor_u": 0.0}, "--imb-factor-u must be at least 1, or at most -1"),
-        ({"per_class": 1, "seed": -1}, "seed=-1"),
+        ({"per_class": 1, "seed": -1}, "--split-seed and --fold must not be negative, got -1 and 0"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, message):
@@ -225,7 +225,7 @@ def test_labels_that_cannot_be(labels, message):
         ([0, 1], [2, 9], "unlabelled index 9"),
         ([0, 1], [1, 2], "1 images are both labelled and unlabelled, the first is image 1"),
         ([], None, "none of the 4 images is labelled"),
-        ([0, 3], None, "labelled image 3 has no known label"),
+        ([0, 3], None, "image 3 is to be labelled, but its class is not known"),
     ],
 )
 def test_positions_that_cannot_be(labelled, unlabelled, message):
@@ -267,7 +267,7 @@ def test_file_names_that_are_no_line_of_text_come_back(tmp_path):
     split = complete_split(np.array([0, 1, 0, 1, 0, 1]), 2, np.array([0, 1, 4]))
     save_split(split, tmp_path, odd)
     assert load_split(tmp_path, split.labels, 2, odd).sha256 == split.sha256
-    with pytest.raises(ValueError, match="is image 0, the data set has 'a.b.png'"):
+    with pytest.raises(ValueError, match="line 2: image 0 is .*, in the data set 'a.b.png'"):
         load_split(tmp_path, split.labels, 2, ["a.b.png", *odd[1:]])
 
 
@@ -307,14 +307,17 @@ def _edit(path, old, new):
             lambda d: (d / "unlabelled.txt").write_text((d / "unlabelled.txt").read_text()[:300]),
             "unlabelled.txt is dam",
         ),
-        (lambda d: _edit(d / "labelled.txt", "\n3 0", "\n3 1"), "says class 1 for image 3, the data set says 0"),
+        (lambda d: _edit(d / "labelled.txt", "\n3 0", "\n3 1"), "labelled.txt, line 5: class 1, the data set says 0"),
         (
             lambda d: _edit(d / "labelled.txt", "\n3 0 class 0/a b_3", "\n9 0 class 0/a b_9"),
             "is damaged: sha256",
         ),
         (lambda d: _edit(d / "labelled.txt", "\n3 0", "\n-3 0"), "line 5: '-3 0 .* does not start with 2 numbers"),
         (lambda d: _edit(d / "labelled.txt", "\n3 0", "\n60 0"), "index 60 is out of range for 60 images"),
-        (lambda d: _edit(d / "labelled.txt", "a b_3", "a b_4"), "'class 0/a b_4.png' is image 3, the data set has"),
+        (
+            lambda d: _edit(d / "labelled.txt", "a b_3", "a b_4"),
+            "line 5: image 3 is 'class 0/a b_4.png', in the data set 'class 0/a b_3.png'",
+        ),
     ],
 )
 def test_damaged_or_foreign_files_are_refused(tmp_path, damage, message):
@@ -324,6 +327,13 @@ def test_damaged_or_foreign_files_are_refused(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_split(tmp_path, labels, 3, names(60))
+
+
+def test_saved_labels_that_contradict_name_classes(tmp_path):
+    labels, names = np.tile(np.arange(3), 4), ["ant", "bee", "cat"]
+    save_split(make_split(labels, 3, per_class=1), tmp_path)
+    with pytest.raises(ValueError, match=r"labelled.txt, line 2: class '(\w+)', the data set says '(?!\1)\w+'"):
+        load_split(tmp_path, np.roll(labels, 1), 3, class_names=names)
 
 
 def test_a_split_of_another_data_set_is_refused(tmp_path):

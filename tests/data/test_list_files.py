@@ -181,8 +181,10 @@ def test_split_from_both_lists(source, data_dir, write_list):
         source.names.index("n00/n00_2.png"),
         source.names.index("n00/n00_10.png"),
     ]
-    with pytest.raises(ValueError, match="1 images are both labelled and unlabelled"):
+    with pytest.raises(ValueError, match="1 images are both labelled and unlabelled, the first is .*/n00/n00_1.png; "):
         split_from_lists(source, 3, labelled, write_list("n00_1.png", "n00_2.png", name="both.txt"))
+    with pytest.raises(ValueError, match="1 images are to train on and to validate, the first is .*/n02/n02_10.png$"):
+        split_from_lists(source, 3, labelled, validation_list=write_list("n02_10.png", name="val.txt"))
 
 
 def test_a_list_may_be_all_that_is_known_of_the_labels(write_images, write_list):
@@ -191,7 +193,7 @@ def test_a_list_may_be_all_that_is_known_of_the_labels(write_images, write_list)
     assert split.labels.tolist() == [1, -1, 0, -1]
     assert source.labels.tolist() == [-1] * 4
     assert np.array_equal(split.unlabelled, [1, 3])
-    with pytest.raises(ValueError, match="labelled image 1 has no known label"):
+    with pytest.raises(ValueError, match="/1.png is to be labelled, but its class is not known"):
         split_from_lists(source, 2, write_list("0.png 1", "1.png", "2.png 0"))
     with pytest.raises(ValueError, match="1 of 2 classes have no labelled image: 0"):
         split_from_lists(source, 2, write_list("0.png 1"))
@@ -247,8 +249,13 @@ def test_tables_that_cannot_be(lines, message, source, write_list):
 def test_a_number_that_is_also_a_name_means_what_the_data_set_says(write_images, write_list):
     source = open_source("", str(write_images(["1/a.png", "2/b.png", "c.png"])), ".")
     assert read_list(write_list("a,1", "b,1"), source, 2).labels.tolist() == [0, 1]
-    with pytest.raises(ValueError, match="line 1: '1' is the name of class 0 and the number of another"):
+    with pytest.raises(ValueError, match="line 1: '1' is the name of one class and the number of another"):
         read_list(write_list("c,1"), source, 2)
+
+
+def test_classes_beyond_those_with_a_name_are_numbers(source, write_list):
+    with pytest.raises(ValueError, match="line 1: class 4, but the data set has .*n01_10.png as 'n01'"):
+        read_list(write_list("n01_10.png 4"), source, 5)
 
 
 def test_classes_of_a_list(write_list):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -138,6 +139,20 @@ def test_a_huge_jpeg_is_shrunk_while_it_is_decoded_and_its_warning_names_it(tmp_
         source.image(0)
     (message,) = caplog.messages
     assert message.startswith(f"{tmp_path}/huge.jpg: Image size (1920000 pixels) exceeds limit")
+
+
+def test_huge_jpegs_in_tar_files_and_shards_are_shrunk_too(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (800, 600), (9, 99, 199)).save(picture, "JPEG")
+    for name, members in {"data.tar": ["cat/a.jpg"], "shard-train-0.tar": ["a.jpg"]}.items():
+        with tarfile.open(tmp_path / name, "w") as archive:
+            for member in map(tarfile.TarInfo, members):
+                member.size = picture.tell()
+                archive.addfile(member, io.BytesIO(picture.getvalue()))
+    for source in (open_source("", str(tmp_path / "data.tar")), open_source("wds/shard", str(tmp_path), "train")):
+        assert source.image(0).size == (800, 600)
+        source.least_side = 100
+        assert source.image(0).size == (200, 150)
 
 
 def test_a_line_of_pixels_is_refused_before_it_is_enlarged(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import re
+import socket
 from contextlib import nullcontext
 
 import numpy as np
@@ -167,6 +168,20 @@ def test_a_process_that_hangs_is_waited_for_as_long_as_the_flag_says(monkeypatch
         assert backend.options._timeout.total_seconds() == 7
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_port_in_use_is_one_line(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        said = f"^the processes of the run cannot meet: .*{port}.*; torchrun --standalone takes a free port$"
+        with pytest.raises(UserError, match=said) as error:
+            model_flags.open_device(parse("--device cpu"))
+    assert "\n" not in str(error.value)
 
 
 def test_weights_of_another_model_are_named(tmp_path):

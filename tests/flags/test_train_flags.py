@@ -91,13 +91,13 @@ def test_no_number_is_free_to_be_nan_or_infinite(parser):
         "--interpolation cubic", "--interpolation random", "--train-interpolation cubic", "--opt adamx",
         "--torchcompile inducto", "--torchcompile-mode fast", "--aa rand-x", "--aa rand-m1.5", "--aa rand-q3",
         "--aa rand-m9-tnone", "--aa v1", "--aa augmix-z2", "--aa 3aw", "--device-modules no.such os", "--opt-kwargs a",
-        "--device-modules nosuchmodule", "--model-kwargs depth",
+        "--device-modules nosuchmodule", "--model-kwargs depth", "--batch-size 0", "--batch-size -4",
     ],
 )  # fmt: skip
 def test_wrong_value_is_refused_where_it_is_read(words, capsys):
     flag, value = words.split()[:2]
     said = refusal(capsys, words.split())
-    assert re.match(rf"argument {flag}(/--dr)?: ", said)
+    assert re.match(rf"argument (-b/)?{flag}(/--dr)?: ", said)
     assert value in said
 
 

@@ -165,7 +165,7 @@ def test_bad_run_folder(tmp_path: Path, repo: str) -> None:
     assert "lacks model.safetensors, config.json" in _publish(tmp_path, repo).line
     run = write_run(tmp_path)
     (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:5000])
-    assert f"run_dir: {run}: the weights do not load" in _publish(run, repo).line
+    assert f"run folder {run}: the weights do not load" in _publish(run, repo).line
     write_run(run)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "architecture": "no_such_model"}))
@@ -182,18 +182,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, repo: str) -> N
 
 @pytest.mark.parametrize("name", ["alone", "a/b/c", "org/bad name", "org/two\nlines"])
 def test_bad_repository_name(run_dir: Path, name: str) -> None:
-    assert _publish(run_dir, name, dry_run=True).line.startswith("UserError: repo_id: wanted org/name, got ")
+    assert _publish(run_dir, name, dry_run=True).line.startswith("UserError: --repo: wanted org/name, got ")
 
 
 @pytest.mark.parametrize("tag", ["", "bad tag~", "v1/2", "a..b", "-v", "v1.", "é", "v1\n", "v.lock", "main"])
 def test_bad_tag(repo: str, run_dir: Path, tag: str) -> None:
-    assert _publish(run_dir, repo, tag=tag, dry_run=True).line.startswith("UserError: tag: wanted letters")
+    assert _publish(run_dir, repo, tag=tag, dry_run=True).line.startswith("UserError: --tag: wanted letters")
 
 
 def test_bad_license(repo: str, run_dir: Path) -> None:
     for license_id in ("", "MIT", "gpl 3", "mit\n"):
         answer = _publish(run_dir, repo, license_id=license_id, dry_run=True)
-        assert answer.line.startswith("UserError: license: wanted an identifier")
+        assert answer.line.startswith("UserError: --license: wanted an identifier")
 
 
 def test_license_is_published_in_card_and_config(hub: HubServer, repo: str, run_dir: Path) -> None:

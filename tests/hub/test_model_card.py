@@ -165,7 +165,9 @@ def test_foreign_text_does_nothing_in_the_card(evil: str, tmp_path: Path) -> Non
 
 
 def test_missing_files_are_listed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"run_dir: wanted a finished run.* lacks model.safetensors, config"):
+    with pytest.raises(
+        ValueError, match=r"^run folder .* lacks model.safetensors, config.*: wanted that of a finished run"
+    ):
         read_run(tmp_path)
 
 
@@ -206,7 +208,7 @@ def test_unreadable_file_is_named(tmp_path: Path, name: str, text: object, cause
     path.write_bytes(text if isinstance(text, bytes) else str(text).encode())
     with pytest.raises(ValueError, match=cause) as caught:
         read_run(tmp_path)
-    assert "\n" not in str(caught.value) and "run_dir: " in str(caught.value)
+    assert "\n" not in str(caught.value) and "run folder " in str(caught.value)
 
 
 def test_published_flags_are_yaml_that_the_script_reads(run_dir: Path) -> None:

@@ -76,7 +76,7 @@ def test_max_value_is_white():
     wide = np.array([[-5, 0, 2048, 4095, 70000]], dtype=np.int32)  # as signed CT values
     assert shown(Image.fromarray(wide), rules) == ("L", [[0, 0, 128, 255, 255]])
     assert shown(Image.new("L", (1, 1), 7), rules) == ("L", [[7]])
-    with pytest.raises(ValueError, match=r"mode I\), wanted 8 or 16 bits a channel, or a max_value"):
+    with pytest.raises(ValueError, match=r"mode I\), wanted 8 or 16 bits a channel, or --max-value"):
         shown(Image.fromarray(wide))
     with pytest.raises(ValueError, match=r"mode F\), wanted 8 or 16 bits a channel$"):
         shown(Image.new("F", (1, 1)), rules)
