@@ -34,6 +34,8 @@ MODEL_FILES = (CONFIG, WEIGHTS)
 _SLACK = Limit(2**24, 100)  # for buffers that a model computes
 _NOT_PRETRAINED_CFG = {"architecture", "num_features", "labels"}
 _FACTORY_ARGS = inspect.signature(timm.create_model).parameters.keys() - {"kwargs"} | {"features_only"}
+# What timm reads of pretrained_cfg to load weights; names may be several.
+_LOADING: dict[str, type] = {"num_classes": int, "label_offset": int, "first_conv": str, "classifier": str}
 _NUMBERS = ("num_classes", "num_features", "model_args", "pretrained_cfg")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "architecture": str,
@@ -85,7 +87,7 @@ def load_folder(folder: Path, where: str) -> nn.Module:
     check_config(folder, where)
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{where}: the weights do not load: {one_line(error)}") from error
     # where these differ, timm draws the classifier at random
     if (saved := model.pretrained_cfg["num_classes"]) != model.num_classes:
@@ -128,12 +130,22 @@ def check_config(folder: Path, where: str, options: Mapping[str, Any] | None = N
     if unknown := pretrained_cfg.keys() - {field.name for field in dataclasses.fields(PretrainedCfg)}:
         raise UserError(f"{what}: pretrained_cfg has {short(min(unknown))}, which timm does not know")
     check_preprocessing(pretrained_cfg, f"{what}: pretrained_cfg")
-    limit = NO_WEIGHTS_LIMIT
+    for name, kind in _LOADING.items():
+        value = pretrained_cfg.get(name)
+        parts = value if kind is str and isinstance(value, list) else [value]
+        if value is not None and not all(type(part) is kind for part in parts):
+            raise UserError(f"{what}: pretrained_cfg: {name} is {short(value)}, wanted {kind.__name__}")
+    limit, shapes = NO_WEIGHTS_LIMIT, dict[str, tuple[int, ...]]()
     if (folder / WEIGHTS).is_file():  # a position embedding may be resampled from a smaller grid
         shapes = weights_shapes(folder / WEIGHTS)
-        limit = Limit(4 * sum(map(math.prod, shapes)) + _SLACK.elements, 4 * len(shapes) + _SLACK.tensors)
-    given = {**model_args, **(options or {})}
-    check_options(architecture, given, f"{what}: model_args do not suit {architecture}", limit)
+        limit = Limit(4 * sum(map(math.prod, shapes.values())) + _SLACK.elements, 4 * len(shapes) + _SLACK.tensors)
+    model = check_options(
+        f"{FOLDER}{folder}", options or {}, f"{what} does not suit {architecture}", limit, architecture
+    )
+    layers, first = dict(model.named_modules()), pretrained_cfg.get("first_conv") or ()
+    for name in (first,) if isinstance(first, str) else first:
+        if f"{name}.weight" in shapes and name not in layers:
+            raise UserError(f"{what}: pretrained_cfg: first_conv is {short(first)}, no layer of {architecture}")
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:

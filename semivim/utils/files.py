@@ -179,10 +179,10 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
     return load(Path(path).read_bytes())
 
 
-def weights_shapes(path: str | os.PathLike) -> list[tuple[int, ...]]:
+def weights_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a safetensors file that :func:`check_weights_file` has taken, from its header alone."""
     with safe_open(path, framework="pt") as file:
-        return [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118  no mapping
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
 
 
 def check_weights_file(path: str | os.PathLike) -> None:

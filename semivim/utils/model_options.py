@@ -53,26 +53,36 @@ def check_name(name: str, what: str) -> None:
         raise UserError(f"{what}: {one_line(error)}; with weights: {tags}") from error
 
 
-def check_options(name: str, options: Mapping[str, Any], what: str, limit: Limit = NO_WEIGHTS_LIMIT) -> None:
+def check_options(
+    name: str,
+    options: Mapping[str, Any],
+    what: str,
+    limit: Limit = NO_WEIGHTS_LIMIT,
+    architecture: str | None = None,
+) -> nn.Module:
     """Refuse options that a model does not take, or that make it too large; both would be the user's or a file's fault.
 
     Args:
-        name: A model of timm.
+        name: A model of timm, or the folder of one.
         options: Arguments of ``timm.create_model``, without weights.
         what: What an error calls the options.
         limit: Above it the model is too large.
+        architecture: The model of timm that the folder's config names; None for a model of timm.
+
+    Returns:
+        The model without memory for its weights.
 
     Raises:
-        UserError: If the model fails with the options and not without them, or is too large.
-        Exception: Whatever the model raises without them too, which is a bug of the model's.
+        UserError: If the model fails with the options or the folder's config and not without, or is too large.
+        Exception: Whatever the model raises without too, which is a bug of the model's.
     """
     try:
-        _build_without_memory(name, options, limit)
+        return _build_without_memory(name, options, limit)
     except _TooLargeError as error:
         raise UserError(f"{what}: {error}") from error
     except Exception as error:
         try:
-            _build_without_memory(name, {}, NO_WEIGHTS_LIMIT)
+            _build_without_memory(architecture or name, {}, NO_WEIGHTS_LIMIT)
         except Exception:  # noqa: BLE001  whatever the bug raises
             raise error from None
         raise UserError(f"{what}: {one_line(error)}") from error

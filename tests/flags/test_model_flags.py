@@ -54,7 +54,7 @@ def test_model_is_the_one_of_the_flags():
         ("--model-kwargs depth=foo", r"^--model test_vim --model-kwargs \{'depth': 'foo'\}: "),
         ("--model-kwargs nonesuch=1", r"nonesuch"),
         ("--model-kwargs num_classes=3", r"^--model-kwargs num_classes=3: another flag gives the model this"),
-        ("--gp magic", r"^--model test_vim: global_pool is 'magic'"),
+        ("--gp magic", r"^--model test_vim: --gp is 'magic'"),
         ("--initial-checkpoint nowhere.pth", r"^--initial-checkpoint: nowhere\.pth is not a readable torch file"),
         ("--pretrained --pretrained-path nowhere.safetensors", r"nowhere\.safetensors is not a readable safetensors"),
         ("--model local-dir:nowhere", r"local-dir:nowhere: "),
@@ -201,7 +201,7 @@ def test_a_foreign_config_is_held_against_its_weights(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {"img_size": 100_000}}))
     for words in ("", "--pretrained"):
-        said = r"^--model local-dir:\S+: config\.json: model_args do not suit test_vim: the model is over "
+        said = r"^--model local-dir:\S+: config\.json does not suit test_vim: the model is over "
         with pytest.raises(UserError, match=said):
             create(f"--model local-dir:{tmp_path} {words}")
 

@@ -10,6 +10,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from semivim.hub.model_folder import load_folder, read_config, read_mapping
+from semivim.models.vim import Vim
+from semivim.utils.user_error import UserError
 from tests.run_folder import write_run
 
 
@@ -46,18 +48,18 @@ def test_the_model_has_the_folders_weights_in_eval_mode(folder: Path) -> None:
         ("config.json", {"pretrained_cfg": None}, "pretrained_cfg is None, wanted dict"),
         ("config.json", {"model_args": {"num_classes": 4}}, "num_classes is 5, but 4 in model_args"),
         ("config.json", {"model_args": [1]}, r"config.json: model_args is \[1\], wanted dict"),
-        ("config.json", {"model_args": {"colour": 1}}, "config.json: model_args do not suit test_vim: .*'colour'"),
-        ("config.json", {"model_args": {"depth": "x"}}, "model_args do not suit test_vim: "),
-        ("config.json", {"model_args": {"patch_size": 0}}, "model_args do not suit test_vim: "),
+        ("config.json", {"model_args": {"colour": 1}}, "config.json does not suit test_vim: .*'colour'"),
+        ("config.json", {"model_args": {"depth": "x"}}, "does not suit test_vim: "),
+        ("config.json", {"model_args": {"patch_size": 0}}, "does not suit test_vim: "),
         (
             "config.json",
             {"model_args": {"img_size": 100_000}},
-            "suit test_vim: the model is over .* with pos_embed",
+            "does not suit test_vim: the model is over .* with pos_embed",
         ),
         (
             "config.json",
             {"model_args": {"depth": 10**5}},
-            "suit test_vim: the model is over the limit of",
+            "does not suit test_vim: the model is over the limit of",
         ),
         ("config.json", {"model_args": {"depth": 10**9}}, r"model_args.depth is 1000000000, wanted at most 131,072"),
         ("config.json", {"num_classes": 10**12}, r"num_classes is 1000000000000, wanted at most"),
@@ -67,6 +69,10 @@ def test_the_model_has_the_folders_weights_in_eval_mode(folder: Path) -> None:
             "input_size is .*at most 8192",
         ),
         ("config.json", {"pretrained_cfg": {"mean": "x"}}, "pretrained_cfg: mean is 'x', wanted numbers in"),
+        ("config.json", {"pretrained_cfg": {"num_classes": "5"}}, "num_classes is '5', wanted int"),
+        ("config.json", {"pretrained_cfg": {"label_offset": [1]}}, r"label_offset is \[1\], wanted int"),
+        ("config.json", {"pretrained_cfg": {"first_conv": 5}}, "first_conv is 5, wanted str"),
+        ("config.json", {"pretrained_cfg": {"classifier": ["a", 5]}}, r"classifier is \['a', 5\], wanted str"),
         ("config.json", {"architecture": "semivim_pico"}, "the weights do not load: Error"),
         ("model.safetensors", b"", "the weights do not load: .*header"),
         ("model.safetensors", b"\x00" * 5000, "the weights do not load: .*header"),
@@ -98,6 +104,17 @@ def test_config_of_any_model_of_timm(tmp_path: Path) -> None:
     assert load_folder(tmp_path, "model").num_classes == 1000
 
 
+def test_a_first_layer_that_only_the_weights_have_is_named(tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
+    weights, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["first_conv"] = "ghost"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_folder(tmp_path, "model").num_classes == 1000  # as timm takes it
+    save_file({**load_file(weights), "ghost.weight": torch.ones(1)}, weights)
+    with pytest.raises(UserError, match="first_conv is 'ghost', no layer of test_vit"):
+        load_folder(tmp_path, "model")
+
+
 @pytest.mark.parametrize(
     ("text", "cause"),
     [("a: [", "run: args.yaml: while parsing"), ("3", "run: args.yaml: wanted a mapping, got int"), (None, "No such")],
@@ -115,13 +132,18 @@ def test_a_mapping_in_yaml(tmp_path: Path, text: str | None, cause: str) -> None
 
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])
-def test_a_bug_inside_the_model_keeps_its_traceback(folder: Path, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: object, *args: object, **kwargs: object) -> None:
-        raise kind("'Vim' object has no attribute 'typo'")
+@pytest.mark.parametrize("where", ["everywhere", "in memory"])
+def test_a_bug_inside_the_model_keeps_its_traceback(
+    folder: Path, kind: type, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = Vim.__init__
 
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "model_args"}))
-    monkeypatch.setattr("semivim.models.vim.Vim.__init__", broken)
+    def broken(self: Vim, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)
+        if where == "everywhere" or self.head.weight.device.type != "meta":  # on which a config is tried before
+            raise kind("'Vim' object has no attribute 'typo'")
+
+    monkeypatch.setattr(Vim, "__init__", broken)
     with pytest.raises(kind) as caught:
         load_folder(folder, "run")
     assert not isinstance(caught.value, ValueError)
