@@ -116,7 +116,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
             known = all(metric is None or isinstance(metric, int | float) for metric in metrics)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder}: the checkpoint's history is damaged: {one_line(error)}") from error
-        if not known or not isinstance(epoch, int):
+        if not known or type(epoch) is not int:
             raise UserError(
                 f"{self.folder}: the checkpoint's history is damaged: epoch {short(epoch)}, metrics {short(metrics)}"
             )
@@ -260,6 +260,7 @@ def restore(
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (
+            ArithmeticError,
             AttributeError,
             LookupError,
             RuntimeError,

@@ -78,8 +78,13 @@ def _check_like(saved: Any, wanted: Mapping[str, Any], what: str) -> None:
             raise UserError(f"{what}: {name} is {short(saved[name])}, wanted a {type(value).__name__}")
         elif isinstance(value, Tensor) and getattr(saved[name], "shape", None) != value.shape:
             raise UserError(f"{what}: {name} is {short(saved[name])}, wanted a tensor of shape {tuple(value.shape)}")
-        elif isinstance(value, int | float) and not isinstance(saved[name], int | float):
+        elif isinstance(value, int | float) and not _is_number(saved[name]):
             raise UserError(f"{what}: {name} is {short(saved[name])}, wanted a number")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _check_keys(saved: Any, wanted: Mapping[str, Any], what: str) -> None:

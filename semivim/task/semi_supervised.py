@@ -237,6 +237,6 @@ class SemiSupervisedTask(RunTask):
             self.rule.load_state(state.get("pseudo_labels", {}))
             self.alpha = state["alpha"]
             stats = state["lyap_stats"]
-            if stats and set(stats) != set(LyapStats._fields):
+            if stats is not None and not (isinstance(stats, Mapping) and stats.keys() == set(LyapStats._fields)):
                 raise UserError(f"lyap_stats of a checkpoint: wanted {LyapStats._fields}, got {short(stats)}")
-            self.lyap_stats = LyapStats(**stats) if stats else None
+            self.lyap_stats = None if stats is None else LyapStats(**stats)

@@ -161,6 +161,8 @@ def _refuse_unbacked(content: Any, path: str | os.PathLike) -> None:
             stack.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, torch.Tensor):
             is_dense = value.layout is torch.strided and value.device.type == "cpu"
+            if value._backward_hooks:  # of any type in a foreign pickle; copying the tensor would iterate over it
+                raise UserError(f"{path} holds a tensor with hooks, wanted one without")
             if not is_dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise UserError(
                     f"{path} holds a tensor of shape {tuple(value.shape)} without a value for each number in it"

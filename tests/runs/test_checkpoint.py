@@ -125,6 +125,7 @@ def test_recovery_files_are_newer_than_last(tmp_path):
         {"checkpoint_files": [("{outside}", -1.0), ("../outside", -2.0)]},
         {"checkpoint_files": [("../outside", -1.0)]},
         {"pending": ("1/../../outside", None)},
+        {"pending": (True, None)},
         {"checkpoint_files": [("checkpoint-1.pth.tar", "high")]},
         {"checkpoint_files": 3},
         {"best_metric": [1]},

@@ -82,6 +82,7 @@ def set_in(value, keys, new):
         (["task_state", "progress", "schedule", "plateau"], {"a": 1}, "schedule: plateau lacks "),
         (["task_state_ema"], None, "it lacks task_state_ema"),
         (["task_state_ema", "v"], None, "task_state_ema lacks v"),
+        (["task_state_ema", "v"], 10**400, "task_state_ema: v is 1000"),
         (["optimizer"], {}, "optimizer lacks state, param_groups"),
         (["optimizer", "param_groups"], [], "optimizer: param_groups is [], wanted 1 groups"),
         (["optimizer", "param_groups", 0], 3, "optimizer: group 0 is 3, wanted"),
@@ -100,11 +101,22 @@ def test_what_does_not_suit_is_named(keys, new, message):
     assert all(torch.equal(value, before[name]) for name, value in parts[0].trainable_module.state_dict().items())
 
 
-def test_figures_of_another_teacher_are_refused():
+@pytest.mark.parametrize(
+    ("stats", "got"), [({"alpha": 1.0, "x": 2.0}, ".*'x': 2.0"), ({}, "{}"), (3, "3"), (torch.zeros(2), "tensor")]
+)
+def test_figures_of_another_teacher_are_refused(stats, got):
     parts = make()
     checkpoint = saved(*parts)
-    checkpoint["task_state"]["lyap_stats"] = {"alpha": 1.0, "x": 2.0}
-    with pytest.raises(UserError, match="lyap_stats of a checkpoint: wanted .*'alpha', .*, got .*'x': 2.0"):
+    checkpoint["task_state"]["lyap_stats"] = stats
+    with pytest.raises(UserError, match=f"lyap_stats of a checkpoint: wanted .*'alpha', .*, got {got}"):
+        restore(checkpoint, "a.pth", *parts)
+
+
+def test_a_step_of_an_optimizer_that_no_float_holds_is_named():
+    parts = make()
+    checkpoint = saved(*parts)
+    checkpoint["optimizer"]["state"] = {0: {"step": 10**400}}
+    with pytest.raises(UserError, match="not a checkpoint of this run: optimizer: int too large to convert to float"):
         restore(checkpoint, "a.pth", *parts)
 
 

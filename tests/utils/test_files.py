@@ -90,6 +90,21 @@ def test_tensors_without_a_value_for_each_number_are_refused(make, tmp_path):
         load_untrusted(tmp_path / "f.pth")
 
 
+class Hooked:
+    """Becomes a tensor whose hooks are what a foreign file says they are."""
+
+    def __reduce__(self):
+        storage = torch.zeros(2).storage()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, (2,), (1,), False, 3)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_tensor_with_hooks_is_refused(tmp_path):
+    torch.save({"weight": Hooked()}, tmp_path / "f.pth")
+    with pytest.raises(ValueError, match=r"f\.pth holds a tensor with hooks, wanted one without"):
+        load_untrusted(tmp_path / "f.pth")
+
+
 def test_containers_that_hold_themselves_are_read(tmp_path):
     loop = {"a": torch.zeros(2).t()}
     loop["loop"] = [loop]
