@@ -483,7 +483,8 @@ def _fill_labels(
             raise UserError(f"{path}, line {number}: class {label}, the data set has {num_classes} classes")
         if labels[index] not in (UNKNOWN, label):
             said, known = (class_name(c, class_names) for c in (label, labels[index]))
-            raise UserError(f"{path}, line {number}: class {said}, the data set says {known}")
+            holder = "the data set" if path.name == "labelled.txt" else "labelled.txt or the data set"
+            raise UserError(f"{path}, line {number}: class {said}, {holder} says {known}")
         labels[index] = label
 
 

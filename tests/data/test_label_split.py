@@ -334,6 +334,13 @@ def test_saved_labels_that_contradict_name_classes(tmp_path):
     save_split(make_split(labels, 3, per_class=1), tmp_path)
     with pytest.raises(ValueError, match=r"labelled.txt, line 2: class '(\w+)', the data set says '(?!\1)\w+'"):
         load_split(tmp_path, np.roll(labels, 1), 3, class_names=names)
+    save_split(make_split(labels, 3, per_class=1, validation=[0]), tmp_path)
+    lines = (tmp_path / "labelled.txt").read_text().splitlines()
+    (tmp_path / "labelled.txt").write_text("\n".join([lines[0], "0 2", *lines[2:]]))
+    with pytest.raises(
+        ValueError, match=r"validation.txt, line 2: class 'ant', labelled.txt or the data set says 'cat'"
+    ):
+        load_split(tmp_path, np.full(12, -1), 3, class_names=names)
 
 
 def test_a_split_of_another_data_set_is_refused(tmp_path):
