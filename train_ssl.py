@@ -107,7 +107,7 @@ PANELS = (
 # What `python train_ssl.py` runs: every value can be overridden on the command line.
 DEMO: dict[str, Any] = {
     "dataset": "embedded/digits", "model": "semivim_pico", "in_chans": 1, "mean": [0.5], "std": [0.5],
-    "labels_per_class": 4, "pseudo_mixup": "ss", "batch_size": 16, "unlabeled_ratio": 4,
+    "labels_per_class": 4, "pseudo_mixup": "ss", "batch_size": 16, "unlabeled_ratio": 3,
     "epochs": 20, "train_batches_per_epoch": 15, "sched_on_updates": True, "warmup_epochs": 2,
     "opt": "adamw", "lr": 2e-3, "weight_decay": 0.05, "model_ema_decay": 0.99,
     "scale": [0.6, 1.0], "hflip": 0.0, "color_jitter": 0.0, "strong_aa": "rand-m5-mstd0.5-inc1",
