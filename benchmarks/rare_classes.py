@@ -1,13 +1,13 @@
 """What helps rare classes: every method from the same labels, the same second stage and the same views.
 
     OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/rare_classes.py --fashion-mnist DIR --openclipart DIR
-    python benchmarks/rare_classes.py --summarise
+    python benchmarks/rare_classes_report.py      prints the tables as Markdown and draws the figure
 
 DIR of Fashion-MNIST is torchvision's layout (see ssl_methods.py), that of openclipart what openclipart.py made. A run
 is the product's own task, split, views, optimizer step and flags in one process, without checkpoints: 1,000 updates on
 the labels (shared by all methods of a fold), then 500 updates of the method from that teacher. Each run appends its
 rows to a CSV file as it ends; runs that are there are not repeated, so a killed benchmark goes on where it was. Folds 0
-to 2 served to choose the methods and are not used. --summarise prints the tables as Markdown and draws the figure.
+to 2 served to choose the methods and are not used.
 """
 
 import argparse
@@ -76,7 +76,6 @@ METHODS = {
 MAIN = [name for name in list(METHODS)[:7] if name != "supervised + adjusted loss"]
 REST = [name for name in METHODS if name not in MAIN]
 SHORT = ["supervised", "EMA teacher", *(name for name in MAIN if "(D" in name)]
-BASELINE, REFERENCE = "supervised", "EMA teacher"
 FASHION = "--dataset torch/fashion_mnist --in-chans 1 --mean 0.286 --std 0.353"
 MODELS = {  # flags for Fashion-MNIST; the second and third take the Vim's time for a step (--time-models)
     "vim": "--model test_vim --img-size 28 --model-kwargs embed_dim=64 depth=2 patch_size=7",
@@ -318,106 +317,6 @@ def in_csv(rows: list[dict[str, Any]], header: bool) -> str:
     return file.getvalue()
 
 
-def mean_sd(values: list[float]) -> str:
-    """Mean and standard deviation over the folds."""
-    return f"{statistics.mean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-Results = dict[tuple[str, str, str], dict[int, dict[str, str]]]  # (method, who, posthoc) -> fold -> row
-
-
-def by_condition(rows: list[dict[str, str]]) -> dict[tuple[str, str], Results]:
-    """Rows of each condition and model."""
-    grouped: dict[tuple[str, str], Results] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        results = grouped[row["condition"], row["model"]]
-        results[row["method"], row["who"], row["posthoc"]][int(row["fold"])] = row
-    return grouped
-
-
-def table(results: Results) -> str:
-    """One line a method and form of its teacher, plain or with a prior removed (D3); differences of the same folds."""
-
-    def values(method: str, metric: str, posthoc: str = "none", who: str = "teacher") -> dict[int, float]:
-        return {fold: float(row[metric]) for fold, row in results.get((method, who, posthoc), {}).items()}
-
-    def minus(method: str, posthoc: str, other: str, metric: str = "balanced_acc") -> str:
-        mine, theirs = values(method, metric, posthoc), values(other, metric)
-        differences = [mine[fold] - theirs[fold] for fold in mine if fold in theirs]
-        return mean_sd(differences) if differences and (method, posthoc) != (other, "none") else ""
-
-    head = ["method", "prior removed", "folds", "balanced acc.", "minus supervised", "minus EMA", "many / medium / few"]
-    head += ["few minus supervised", "worst class", "G-mean", "ECE", "student"]
-    lines = [head, ["---"] * len(head)]
-    for method in METHODS:
-        # Training with the labels' prior and removing it again counts it twice.
-        twice = "tau" in METHODS[method]
-        for posthoc in ("none", "unlabeled") if twice else ("none", "labeled", "unlabeled"):
-            if not (folds := values(method, "top1", posthoc)):
-                continue
-            cells = [mean_sd(list(values(method, name, posthoc).values())) for name in METRICS]
-            by_name = dict(zip(METRICS, cells, strict=True))
-            lines.append(
-                [
-                    method, posthoc, str(len(folds)), by_name["balanced_acc"], minus(method, posthoc, BASELINE),
-                    minus(method, posthoc, REFERENCE),
-                    " / ".join(by_name[name].split(" ")[0] for name in ("many", "medium", "few")),
-                    minus(method, posthoc, BASELINE, "few"), by_name["worst_class_recall"], by_name["geometric_mean"],
-                    by_name["calibration_error"],
-                    mean_sd(list(values(method, "balanced_acc", posthoc, "student").values())),
-                ]
-            )  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def draw(grouped: dict[tuple[str, str], Results], path: Path) -> None:
-    """Draw balanced accuracy and recall of the few-label classes of every method, a point a fold."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [(key, results) for key, results in grouped.items() if key[1] == "vim"][:6]
-    methods = [name for name in METHODS if any((name, "teacher", "none") in results for _, results in shown)]
-    columns = -(-len(shown) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 7), squeeze=False, sharey=True, layout="constrained")
-    for axis in axes.flat[len(shown) :]:
-        axis.set_axis_off()
-    for axis, ((condition, _), results) in zip(axes.flat, shown, strict=False):
-        for metric, posthoc, colour, offset in (
-            ("balanced_acc", "none", "C0", -0.18),
-            ("balanced_acc", "unlabeled", "C1", 0.0),
-            ("few", "none", "C2", 0.18),
-        ):
-            for place, method in enumerate(methods):
-                folds = results.get((method, "teacher", posthoc), {})
-                points = [float(row[metric]) for row in folds.values()]
-                label = {"few": "few-label classes", "none": "balanced accuracy"}.get(
-                    metric if metric == "few" else posthoc, "balanced accuracy, prior removed (D3)"
-                )
-                axis.plot(points, [place + offset] * len(points), "o", color=colour, markersize=4,
-                          label=label if place == 0 else None)  # fmt: skip
-        axis.set_yticks(range(len(methods)), methods, fontsize=7)
-        axis.set_title(condition.replace(", ", ",\n", 1), fontsize=8)
-        axis.grid(alpha=0.3)
-    axes[0, 0].invert_yaxis()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7)
-    figure.supxlabel("teacher, %", fontsize=9)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=90)
-
-
-def summarise(rows: list[dict[str, str]], figure: Path) -> None:
-    """Print a table for each condition and draw the figure."""
-    grouped = by_condition(rows)
-    for (condition, model), results in grouped.items():
-        seconds = statistics.mean(float(row["seconds"]) for folds in results.values() for row in folds.values())
-        print(f"\n{condition}; {model}; mean over the folds +- standard deviation, %; {seconds:.0f} s a run\n")
-        print(table(results))
-    if grouped:
-        draw(grouped, figure)
-
-
 def time_models() -> None:
     """Print parameters and the time of a training step on 64 images, alternating between the models."""
     models = {}
@@ -444,15 +343,10 @@ def main() -> None:
     parser.add_argument("--folds", nargs="+", type=int, default=[3, 4, 5])
     parser.add_argument("--csv", type=Path, default=HERE / "results" / "rare_classes.csv")
     parser.add_argument("--output", type=Path, default=Path("output/rare_classes"), help="weights of the second stages")
-    parser.add_argument("--figure", type=Path, default=HERE / "figures" / "rare_classes.png")
-    parser.add_argument("--summarise", action="store_true", help="print the tables of the CSV file and end")
     parser.add_argument("--time-models", action="store_true", help="print the time of a step of each model and end")
     args = parser.parse_args()
     if args.time_models:
         time_models()
-        return
-    if args.summarise:
-        summarise(read_rows(args.csv), args.figure)
         return
     torch.set_num_threads(1)
     folders = {"fashion": args.fashion_mnist, "openclipart": args.openclipart}
