@@ -101,7 +101,7 @@ def _add_predict(parser: Parser) -> None:
     parser.add_argument("--num-classes", type=COUNT, help="number of classes of --checkpoint")
     parser.add_argument("--topk", type=COUNT, default=None, help="labels to print, else 5 or all of fewer")
     parser.add_argument("--format", default="text", choices=list(_FORMATS), help="of what is printed")
-    pixel_flags(parser, background=None, otherwise=", else as in the model's training")
+    pixel_flags(parser, otherwise=", else as in the model's training")
     parser.set_defaults(run=_predict)
 
 

@@ -156,6 +156,12 @@ DEAD_ENDS = {
         "test_train_ssl.py::test_threads_of_a_run_sleep_while_they_wait_unless_the_user_says_otherwise"
     ],
     "STL-10": ["data/test_sources.py::test_stl10_brings_its_unlabelled_images"],
+    "four channels": [
+        "data/test_four_channels.py::test_operations_on_colour_leave_alpha_as_it_is",
+        "data/test_four_channels.py::test_operations_that_move_pixels_treat_all_channels_alike",
+        "utils/test_pixels.py::test_alpha_is_kept_where_it_is_a_channel",
+        "test_train_four_channels.py::test_a_saved_model_sees_images_as_in_training",
+    ],
     "labels of text": ["data/test_sources.py::test_hugging_face_labels_of_text_become_classes"],
     "a rank that hangs": [
         "flags/test_model_flags.py::test_a_process_that_hangs_is_waited_for_as_long_as_the_flag_says"

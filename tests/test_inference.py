@@ -110,6 +110,7 @@ def test_pixels_are_read_as_in_the_training_of_the_model(photo: Image.Image, tmp
         3,
         {},
         {"alpha_background": [1, 2, 999], "max_value": None},
+        {"alpha_background": [1, 2, 3, 4], "max_value": None},
         {"alpha_background": [1, 2, 3], "max_value": -1},
     ],
 )
@@ -119,6 +120,15 @@ def test_damaged_pixel_rules_are_named(rules: object, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="config.json: semivim_pixel_rules is .*, wanted alpha_background, "):
         load_model(f"local-dir:{tmp_path}")
+
+
+def test_pixel_rules_for_another_number_of_channels_are_named(photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    for channels, rules in ((3, PixelRules(None)), (4, PixelRules())):
+        save_model(timm.create_model("test_vim", num_classes=5, in_chans=channels), tmp_path, None, None, rules)
+        model = load_model(f"local-dir:{tmp_path}")
+        with pytest.raises(UserError, match=f"semivim_pixel_rules.alpha_background is .*, but it takes {channels} ch"):
+            predict(model, tmp_path / "photo.png")
 
 
 def test_a_folder_stands_for_the_images_below_it(photo: Image.Image, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ class ImageSource:
         return f"image {index}" if self.names is None else os.path.join(self.root or "", self.names[index])
 
     def image(self, index: int) -> Image.Image:
-        """Decode one image, to 8 bits of grey ('L') or of each colour ('RGB').
+        """Decode one image, to 8 bits of grey ('L'), of each colour ('RGB'), or of each colour and alpha ('RGBA').
 
         Raises:
             UnreadableImageError: If the file is missing, not an image, truncated, over Pillow's size limit, or of a

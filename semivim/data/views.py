@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-_IMAGE_MODE = {1: "L", 3: "RGB"}
+from semivim.data.four_channels import augment_operations, keep_alpha_apart
+
+_IMAGE_MODE = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class Pixels(NamedTuple):
@@ -33,7 +34,7 @@ class View:
     """Turns decoded images into model input, in two steps: :meth:`__call__` in a worker, :meth:`load` on the device.
 
     Args:
-        input_size: (channels, height, width), 1 or 3 channels; images are converted to grey or RGB.
+        input_size: (channels, height, width), 1, 3 or 4 channels; images are converted to grey, RGB or RGBA.
         mean: Mean of each channel, of pixels in [0, 1].
         std: Standard deviation of each channel.
         is_training: Random augmentation, or the centre crop of evaluation.
@@ -44,7 +45,7 @@ class View:
             interpolation, crop_pct, ...).
 
     Raises:
-        ValueError: If there are not 1 or 3 channels, or not one mean and one standard deviation for each.
+        ValueError: If there are not 1, 3 or 4 channels, or not one mean and one standard deviation for each.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class View:
     ) -> None:
         channels = input_size[0]
         if channels not in _IMAGE_MODE:
-            raise ValueError(f"input_size must have 1 or 3 channels, got {channels}")
+            raise ValueError(f"input_size must have 1, 3 or 4 channels, got {channels}")
         if len(mean) != channels or len(std) != channels:
             raise ValueError(f"mean and std must have {channels} values, got {len(mean)} and {len(std)}")
         self.mode = _IMAGE_MODE[channels]
@@ -71,6 +72,8 @@ class View:
             input_size, is_training=is_training, use_prefetcher=True, mean=mean, std=std, **transform
         )
         _keep_one_bit(self.transform)
+        if channels == 4:
+            keep_alpha_apart(self.transform)
         self.erasing = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu") if re_prob else None
 
     def __call__(self, images: list[Image.Image], seeds: list[int]) -> Pixels:
@@ -172,14 +175,8 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def _keep_one_bit(transform: Any) -> None:
     """Let timm's posterize keep at least one bit: with none the image is black, and Pillow 13 refuses to draw it."""
-    for step in getattr(transform, "transforms", ()):
-        if isinstance(step, RandAugment):
-            operations = list(step.ops)
-        elif isinstance(step, AutoAugment):
-            operations = [operation for policy in step.policy for operation in policy]
-        else:
-            continue
-        for operation in operations:
+    for step in transform.transforms:
+        for operation in augment_operations(step):
             if operation.name.startswith("Posterize"):
                 operation.level_fn = _AtLeastOneBit(operation.level_fn)
 

@@ -8,7 +8,9 @@ from PIL import ImageColor
 from timm.data import create_transform
 
 from semivim.flags.parser import COUNT, COUNT_OR_NONE, NON_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_ONE, Parser
-from semivim.utils.pixels import DEFAULT_RULES, PixelRules
+from semivim.utils.pixels import PixelRules, usual_rules
+from semivim.utils.preprocessing import image_channels
+from semivim.utils.user_error import UserError
 
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
@@ -53,20 +55,19 @@ def colour(text: str) -> str:
     return text
 
 
-def pixel_flags(group: argparse._ActionsContainer, background: str | None = "white", otherwise: str = "") -> None:
+def pixel_flags(group: argparse._ActionsContainer, otherwise: str = "") -> None:
     """Add the flags of ``PixelRules``.
 
     Args:
         group: Gets the flags.
-        background: Default of the colour.
-        otherwise: What holds where a flag is not given, for the help.
+        otherwise: What holds where a flag is not given, for the help; "" for what holds in training.
     """
     group.add_argument(
         "--alpha-background",
         type=colour,
-        default=background,
+        default=None,
         metavar="COLOUR",
-        help=f"colour behind transparent pixels{otherwise}",
+        help=f"colour behind transparent pixels{otherwise or ', else white; four channels keep alpha'}",
     )
     group.add_argument(
         "--max-value",
@@ -77,10 +78,16 @@ def pixel_flags(group: argparse._ActionsContainer, background: str | None = "whi
     )
 
 
-def pixel_rules(args: argparse.Namespace, otherwise: PixelRules = DEFAULT_RULES) -> PixelRules:
-    """How pixels become 8 bits; ``otherwise`` holds what is not given."""
+def pixel_rules(args: argparse.Namespace, otherwise: PixelRules) -> PixelRules:
+    """How pixels become 8 bits; ``otherwise`` holds what is not given.
+
+    Raises:
+        UserError: If a colour is given, and ``otherwise`` keeps alpha.
+    """
     background = otherwise.alpha_background
     if args.alpha_background is not None:
+        if background is None:
+            raise UserError(f"--alpha-background: got {args.alpha_background}, but alpha is kept as the fourth channel")
         red, green, blue, *_ = ImageColor.getrgb(args.alpha_background)
         background = (red, green, blue)
     return PixelRules(background, otherwise.max_value if args.max_value is None else args.max_value)
@@ -96,7 +103,8 @@ def source_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         "trust_remote_code": args.dataset_trust_remote_code,
     }
     given = {name: value for name, value in options.items() if value}
-    return {"dataset": args.dataset, "data_dir": args.data_dir, "rules": pixel_rules(args), **given}
+    rules = pixel_rules(args, usual_rules(image_channels(vars(args))))
+    return {"dataset": args.dataset, "data_dir": args.data_dir, "rules": rules, **given}
 
 
 def _crop_flags(group: argparse._ActionsContainer) -> None:

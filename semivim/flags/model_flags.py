@@ -23,7 +23,7 @@ from semivim.runs.run_folder import CONFIG
 from semivim.task.tune_scope import TUNE_SCOPES
 from semivim.utils.files import check_weights_file
 from semivim.utils.model_options import MAX_CLASSES, check_name, check_options
-from semivim.utils.preprocessing import MAX_SIDE_PX
+from semivim.utils.preprocessing import CHANNELS, MAX_SIDE_PX, image_channels
 from semivim.utils.user_error import UserError, one_line
 
 # The flag that gives a model an argument.
@@ -82,7 +82,13 @@ def add_model_flags(parser: Parser, model: str, classifier: bool = True) -> None
             "--tune-scope", default="all", choices=TUNE_SCOPES, help="what trains; ssm: scans, class token and head"
         )
     group.add_argument("--img-size", type=SIDE_PX, default=None, help="image side in pixels, else the model's")
-    group.add_argument("--in-chans", type=Number(kind=int), choices=[1, 3], default=None, help="image channels, else 3")
+    group.add_argument(
+        "--in-chans",
+        type=Number(kind=int),
+        choices=CHANNELS,
+        default=None,
+        help="image channels, else 3; the last of 4 is alpha",
+    )
     group.add_argument(
         "--input-size",
         type=SIDE_PX,
@@ -101,7 +107,7 @@ def add_model_flags(parser: Parser, model: str, classifier: bool = True) -> None
         type=SHARE,
         nargs="+",
         default=None,
-        help="pixel mean of each channel, or one for all, else the model's",
+        help="pixel mean of each channel, or one for all, else the model's (0.5 for alpha)",
     )
     group.add_argument("--std", type=POSITIVE, nargs="+", default=None, help="standard deviation of pixels, likewise")
     group.add_argument(
@@ -141,9 +147,9 @@ def add_model_flags(parser: Parser, model: str, classifier: bool = True) -> None
 
 
 def _check_model(parser: Parser, args: argparse.Namespace) -> None:
-    channels = args.input_size[0] if args.input_size else args.in_chans or 3
-    if channels not in (1, 3):
-        parser.error(f"argument --input-size: wanted 1 or 3 channels, got {channels}")
+    channels = image_channels(vars(args))
+    if channels not in CHANNELS:
+        parser.error(f"argument --input-size: wanted 1, 3 or 4 channels, got {channels}")
     for name in ("mean", "std"):
         values = getattr(args, name) or [0.0]
         if len(values) not in (1, channels):

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from semivim.hub.arm_card import arm_card, check_pretraining, is_pretraining
 from semivim.hub.markdown import bullets, inert, plain, table
 from semivim.hub.model_folder import read_config, read_mapping
-from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, SUMMARY, WEIGHTS
+from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, PIXELS, SUMMARY, WEIGHTS
 from semivim.utils.files import load_yaml
 from semivim.utils.user_error import UserError, did_you_mean_file, one_line, short
 
@@ -43,8 +43,6 @@ _RECIPE_FLAGS = (
     "sched",
     "warmup_epochs",
     "amp",
-    "alpha_background",
-    "max_value",
 )
 _ROLES = {"best": "published", "teacher": "teacher, last epoch", "student": "student, last epoch"}
 _DEBIASED = {  # of a run that removes a prior from the heads at export
@@ -174,6 +172,15 @@ def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, int | float)
 
 
+def _pixel_rules(config: dict[str, Any]) -> dict[str, Any]:
+    """How images became pixels of 8 bits, where config.json says it."""
+    if PIXELS not in config:
+        return {}
+    colour, max_value = config[PIXELS]["alpha_background"], config[PIXELS]["max_value"]
+    background = "none, alpha is the fourth channel" if colour is None else f"#{bytes(colour).hex()}"
+    return {"alpha_background": background} | ({"max_value": max_value} if max_value else {})
+
+
 def public_args(args: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The flags that repeat a run elsewhere, and the flags whose value is a path of this machine.
 
@@ -255,7 +262,7 @@ def model_card(run: Run, repo_id: str, revision: str, version: str, license_id: 
     best = run.metrics["best"]
     name = best.get("model", "teacher")
     published = f"{_DEBIASED.get(name, name)} at epoch {best['epoch']}"
-    recipe = {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None}
+    recipe = {key: args[key] for key in _RECIPE_FLAGS if args.get(key) is not None} | _pixel_rules(run.config)
     pseudo = run.metrics.get("pseudo_labels") or {}
     pseudo_means = {f"pseudo-labels, {key}": _number(value) for key, value in pseudo.get("means", {}).items()}
     source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")

@@ -25,8 +25,8 @@ from semivim.utils.model_options import (
     check_options,
     did_you_mean_model,
 )
-from semivim.utils.pixels import DEFAULT_RULES, PixelRules
-from semivim.utils.preprocessing import check_preprocessing
+from semivim.utils.pixels import PixelRules, usual_rules
+from semivim.utils.preprocessing import check_preprocessing, resolve_preprocessing
 from semivim.utils.user_error import UserError, did_you_mean_file, one_line, short
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
@@ -98,12 +98,20 @@ def load_folder(folder: Path, where: str) -> nn.Module:
 
 
 def pixel_rules(model: nn.Module) -> PixelRules:
-    """How the model's images became 8 bits in training, as :func:`load_folder` found it; the usual rules otherwise."""
+    """How the model's images became 8 bits in training, as :func:`load_folder` found it; the usual rules otherwise.
+
+    Raises:
+        UserError: If alpha is kept and the model does not take it, the other way round, or the preprocessing is odd.
+    """
     config: Any = model.pretrained_cfg
+    channels = resolve_preprocessing(model, "--model")["input_size"][0]
+    usual = usual_rules(channels)
     if PIXELS not in config:
-        return DEFAULT_RULES
-    red, green, blue = config[PIXELS]["alpha_background"]
-    return PixelRules((red, green, blue), config[PIXELS]["max_value"])
+        return usual
+    background, max_value = config[PIXELS]["alpha_background"], config[PIXELS]["max_value"]
+    if (background is None) != (usual.alpha_background is None):
+        raise UserError(f"--model: {PIXELS}.alpha_background is {background}, but it takes {channels} channels")
+    return PixelRules(background and tuple(background), max_value)
 
 
 def check_config(folder: Path, where: str, options: Mapping[str, Any] | None = None) -> None:
@@ -165,7 +173,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
         if name in config and not isinstance(config[name], wanted):
             raise UserError(f"{where}: {CONFIG}: {name} is {short(config[name])}, wanted {_type_names(wanted)}")
     if PIXELS in config and not _are_pixel_rules(config[PIXELS]):
-        meant = "alpha_background, three numbers from 0 to 255, and max_value, a number or null"
+        meant = "alpha_background, three numbers from 0 to 255 or null, and max_value, a number or null"
         raise UserError(f"{where}: {CONFIG}: {PIXELS} is {short(config[PIXELS])}, wanted {meant}")
     return config
 
@@ -175,7 +183,7 @@ def _are_pixel_rules(value: Any) -> bool:
         return False
     colour, white = value["alpha_background"], value["max_value"]
     is_colour = isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
-    return is_colour and (white is None or (type(white) is int and 0 < white < 2**32))
+    return (colour is None or is_colour) and (white is None or (type(white) is int and 0 < white < 2**32))
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def save_images(path: Path, columns: Sequence[tuple[str, Tensor]]) -> None:
 
     Args:
         path: The file.
-        columns: Title and images of each, ``(rows, c, h, w)``, uint8, 1 or 3 channels.
+        columns: Title and images of each, ``(rows, c, h, w)``, uint8; of four channels, the colours are drawn.
     """
     import matplotlib
 
@@ -85,7 +85,7 @@ def save_images(path: Path, columns: Sequence[tuple[str, Tensor]]) -> None:
     for column, (title, images) in enumerate(columns):
         axes[0, column].set_title(title)
         for axis, image in zip(axes[:, column], images, strict=True):
-            axis.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+            axis.imshow(image[:3].expand(3, -1, -1).permute(1, 2, 0).numpy())
             axis.set_axis_off()
     figure.tight_layout(pad=0.3)
     with atomic_path(path) as temporary:

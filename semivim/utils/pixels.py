@@ -1,4 +1,4 @@
-"""Pixels of a decoded image as 8 bits of grey or of each colour."""
+"""Pixels of a decoded image as 8 bits of grey, of each colour, or of each colour and alpha."""
 
 from typing import Any, NamedTuple
 
@@ -7,23 +7,29 @@ from PIL import Image
 
 from semivim.utils.user_error import UserError
 
-_TIFF_BITS_PER_SAMPLE, _TIFF_MAX_SAMPLE_VALUE = 258, 281
+_TIFF_BITS_PER_SAMPLE, _TIFF_SAMPLES_PER_PIXEL, _TIFF_MAX_SAMPLE_VALUE = 258, 277, 281
 _8_BIT_MAX, _16_BIT_MAX = 2**8 - 1, 2**16 - 1
 
 
 class PixelRules(NamedTuple):
     """What Pillow's own conversion leaves open.
 
-    ``alpha_background`` is the colour behind transparent pixels, red, green and blue in [0, 255]; ``max_value`` the
-    value that is white in grey images of more than 8 bits, None for the maximum that the file states.
+    ``alpha_background`` is the colour behind transparent pixels, red, green and blue in [0, 255], None to keep alpha as
+    the fourth channel; ``max_value`` the value that is white in grey images of more than 8 bits, None for the maximum
+    that the file states.
     """
 
-    alpha_background: tuple[int, int, int] = (255, 255, 255)
+    alpha_background: tuple[int, int, int] | None = (255, 255, 255)
     max_value: int | None = None
 
 
 MAX_ASPECT_RATIO = 50
 DEFAULT_RULES = PixelRules()
+
+
+def usual_rules(channels: int) -> PixelRules:
+    """Rules for a model's number of channels: of four, alpha is the last."""
+    return PixelRules(alpha_background=None) if channels == 4 else DEFAULT_RULES
 
 
 def refuse_extreme_shape(image: Image.Image) -> None:
@@ -38,12 +44,12 @@ def refuse_extreme_shape(image: Image.Image) -> None:
 
 
 def to_8_bit(image: Image.Image, rules: PixelRules) -> Image.Image:
-    """Convert to 'L' or 'RGB'.
+    """Convert to 'L' or 'RGB', or to 'RGBA' where alpha is kept and the image has it.
 
     Pillow drops transparency, which leaves the arbitrary colour of invisible pixels, and clips deep pixels at 255.
 
     Raises:
-        UserError: If the range of the pixels is not known.
+        UserError: If the range of the pixels is not known, or alpha is kept and Pillow drops a fourth channel.
     """
     if white := white_value(image, rules):
         deep = np.asarray(image).astype(np.int64)
@@ -54,7 +60,9 @@ def to_8_bit(image: Image.Image, rules: PixelRules) -> Image.Image:
             f"{', or --max-value' if image.mode == 'I' else ''}"
         )
     if image.has_transparency_data:
-        return _compose(image, rules.alpha_background)
+        return image.convert("RGBA") if rules.alpha_background is None else _compose(image, rules.alpha_background)
+    if rules.alpha_background is None and image.mode == "RGB" and _tiff_tag(image, _TIFF_SAMPLES_PER_PIXEL) > 3:
+        raise UserError("its fourth channel is not declared as alpha, wanted 2 as TIFF's ExtraSamples, or PNG")
     if image.mode in ("L", "RGB"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
@@ -69,13 +77,14 @@ def white_value(image: Image.Image, rules: PixelRules) -> int | None:
         return rules.max_value
     if not is_deep:
         return _16_BIT_MAX if image.format == "PPM" else None  # Pillow scales a PGM file by the maximum it states
-    tags: Any = getattr(image, "tag_v2", {})
-    stated = _first(tags.get(_TIFF_MAX_SAMPLE_VALUE)) or 2 ** min(16, _first(tags.get(_TIFF_BITS_PER_SAMPLE))) - 1
+    stated = _tiff_tag(image, _TIFF_MAX_SAMPLE_VALUE) or 2 ** min(16, _tiff_tag(image, _TIFF_BITS_PER_SAMPLE)) - 1
     return stated if _8_BIT_MAX < stated <= _16_BIT_MAX else _16_BIT_MAX
 
 
-def _first(tag: Any) -> int:
-    """First value of a TIFF tag, 0 if the file has none."""
+def _tiff_tag(image: Image.Image, number: int) -> int:
+    """First value of a TIFF tag, 0 if the image has none."""
+    tags: Any = getattr(image, "tag_v2", {})
+    tag = tags.get(number)
     return int(tag[0] if isinstance(tag, tuple) else tag or 0)
 
 

@@ -3,18 +3,26 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from timm.data import resolve_input_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_input_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import nn
 
 from semivim.utils.user_error import UserError, short
 
 MAX_SIDE_PX = 8192  # of a model's input, and of the image that it is cut out of
+CHANNELS = (1, 3, 4)  # grey; red, green and blue; and alpha
+_ALPHA_SHARE = 0.5  # mean and standard deviation of alpha where a config states those of the colours only
 _CROP_MODES = ("center", "squash", "border")
 
 
+def image_channels(args: Mapping[str, Any]) -> int:
+    """Channels of the images that the flags ask for."""
+    size = args.get("input_size")
+    return int(size[0] if size else args.get("in_chans") or 3)
+
+
 def resolve_preprocessing(model: nn.Module, what: str, args: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What timm's ``resolve_input_data_config`` gives.
+    """What timm's ``resolve_input_data_config`` gives, with a mean and standard deviation of alpha.
 
     Args:
         model: A model of timm.
@@ -22,15 +30,22 @@ def resolve_preprocessing(model: nn.Module, what: str, args: Mapping[str, Any] |
         args: Flags that take the place of what the model's config says.
 
     Raises:
-        UserError: If the config cannot be meant, or an image would have sides over ``MAX_SIDE_PX`` or other than 1 or 3
-            channels.
+        UserError: If the config cannot be meant, an image would have sides over ``MAX_SIDE_PX`` or other than 1, 3 or 4
+            channels, or it takes 4 and the flags, which decide how images are read, do not say so.
     """
     config: Any = model.pretrained_cfg
     check_preprocessing(config, what)
-    found = resolve_input_data_config(model, dict(args or {}))
+    given = dict(args or {})
+    if image_channels(given) == 4:
+        for name, usual in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            stated = given.get(name) or config.get(name) or usual
+            given[name] = (*stated, _ALPHA_SHARE) if len(stated) == 3 else stated
+    found = resolve_input_data_config(model, given)
     channels, *sides = found["input_size"]
-    if channels not in (1, 3):
-        raise UserError(f"{what}: it takes images of {channels} channels, wanted 1 or 3")
+    if channels not in CHANNELS:
+        raise UserError(f"{what}: it takes images of {channels} channels, wanted 1, 3 or 4")
+    if args is not None and channels == 4 and image_channels(args) != 4:
+        raise UserError(f"{what}: it takes images of 4 channels, wanted --in-chans 4 too")
     side = max(sides) / found["crop_pct"]
     if side > MAX_SIDE_PX:
         raise UserError(

@@ -49,7 +49,7 @@ def test_view_equals_timms_transform(channels):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_view_converts_every_kind_of_image(channels, mode):
     view = View((channels, 16, 16), (0.5,) * channels, (0.5,) * channels, auto_augment=RANDAUGMENT)
     image = Image.new("L", (20, 20), 200).convert(mode)
@@ -64,11 +64,13 @@ def test_view_takes_the_smallest_images(size):
         assert torch.equal(look(view, [image], [0]).amax(dim=(0, 2, 3)), torch.tensor([1.0, 0.0, 0.0]))
 
 
-@pytest.mark.parametrize("policy", ["rand-m10-n3-p1-inc1", "rand-m0-n3-p1", "v0", "original", "3a", "augmix-m5-w4-d2"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "policy", ["rand-m10-n3-p1-inc1", "rand-m0-n3-p1", "v0", "original", "3a", "augmix-m10-w4-d2-mstd0"]
+)
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_every_augmentation_policy_runs_at_its_limits(policy, channels):
     view = View((channels, 16, 16), (0.5,) * channels, (0.5,) * channels, auto_augment=policy)
-    image = noise((16, 16), "L" if channels == 1 else "RGB")
+    image = noise((16, 16), {1: "L", 3: "RGB", 4: "RGBA"}[channels])
     assert look(view, [image] * 300, list(range(300))).isfinite().all()
 
 
@@ -152,7 +154,7 @@ def test_drawing_leaves_the_process_generators_alone():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"input_size": (2, 32, 32)}, ValueError, "input_size must have 1 or 3 channels, got 2"),
+        ({"input_size": (2, 32, 32)}, ValueError, "input_size must have 1, 3 or 4 channels, got 2"),
         ({"mean": (0.5, 0.5, 0.5)}, ValueError, "mean and std must have 1 values, got 3 and 1"),
         ({"colour_jitter": 0.4}, TypeError, "colour_jitter"),
     ],

@@ -5,6 +5,7 @@ from semivim.data import View, open_source
 from semivim.flags import data_flags
 from semivim.flags.parser import COUNT, Parser
 from semivim.utils.pixels import PixelRules
+from semivim.utils.user_error import UserError
 
 
 def parse(words):
@@ -46,6 +47,16 @@ def test_rules_for_pixels_reach_the_source():
     args = parse("--dataset embedded/digits --alpha-background #102030 --max-value 4095")
     assert open_source(**data_flags.source_kwargs(args)).rules == PixelRules((16, 32, 48), 4095)
     assert open_source(**data_flags.source_kwargs(parse("--dataset embedded/digits"))).rules == PixelRules()
+
+
+@pytest.mark.parametrize("said", [{"in_chans": 4}, {"input_size": [4, 32, 32]}])
+def test_four_channels_keep_alpha_and_contradict_a_background(said):
+    args = parse("--dataset embedded/digits --max-value 4095")
+    vars(args).update(said)
+    assert data_flags.source_kwargs(args)["rules"] == PixelRules(None, 4095)
+    args.alpha_background = "white"
+    with pytest.raises(UserError, match="^--alpha-background: got white, but alpha is kept as the fourth channel$"):
+        data_flags.source_kwargs(args)
 
 
 @pytest.mark.parametrize("words", ["--alpha-background blurple", "--max-value 0", "--max-value x"])

@@ -39,6 +39,7 @@ def test_model_is_the_one_of_the_flags():
     assert model(torch.zeros(1, 1, 48, 48)).shape == (1, 7)
     assert create("--input-size 1 32 64")(torch.zeros(1, 1, 32, 64)).shape == (1, 7)
     assert create("--model test_resnet --input-size 1 32 64")(torch.zeros(1, 1, 32, 64)).shape == (1, 7)
+    assert create("--in-chans 4 --img-size 32")(torch.zeros(1, 4, 32, 32)).shape == (1, 7)
     assert create("--model-kwargs depth=2").blocks[1:2] and len(create("--model-kwargs depth=2").blocks) == 2
     assert len(create("--model-kwargs depth=2", depth=1).blocks) == 1
     assert create("--channels-last").patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)

@@ -115,7 +115,7 @@ def test_wrong_value_is_refused_where_it_is_read(words, capsys):
             "--in-chans 1 --std 1 1 1",
             "argument --std: wanted one value for each channel (1), or one for all, got 1 1 1",
         ),
-        ("--input-size 2 32 32", "argument --input-size: wanted 1 or 3 channels, got 2"),
+        ("--input-size 2 32 32", "argument --input-size: wanted 1, 3 or 4 channels, got 2"),
         ("--resume auto", "--resume auto: needs --experiment to know which run to look for"),
         ("--no-resume-opt", "--no-resume-opt is read only with --resume, got True"),
         ("--in-chans 1 --input-size 3 32 32", "argument --in-chans: got 1, --input-size says 3"),

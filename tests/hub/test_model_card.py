@@ -56,6 +56,18 @@ def test_data_split_recipe_and_seed(card: str) -> None:
     assert "- semivim: 1.2.3" in card
 
 
+@pytest.mark.parametrize(
+    ("colour", "shown"), [([10, 100, 0], "&#35;0a6400"), (None, "none, alpha is the fourth channel")]
+)
+def test_what_becomes_of_transparency_is_told(tmp_path: Path, colour: list[int] | None, shown: str) -> None:
+    write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["semivim_pixel_rules"] = {"alpha_background": colour, "max_value": 1023}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    card = model_card(read_run(tmp_path), "org/ants", "", "1.2.3", None)
+    assert f"- alpha background: {shown}\n- max value: 1023\n" in card
+
+
 def test_metrics_of_teacher_and_student(card: str) -> None:
     # the published weights are those of the best epoch, the run's full metrics those of the last
     assert "| metric | published | teacher, last epoch | student, last epoch |" in card

@@ -56,6 +56,7 @@ def test_report_writes_results_and_picture_of_any_run(tmp_path):
 def test_images_stand_in_columns_under_their_titles(tmp_path):
     red, grey = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 1, 8, 8), 128, dtype=torch.uint8)
     red[:, 0] = 255
+    red = torch.cat([red, torch.zeros_like(red[:, :1])], 1)  # an alpha of 0, which hides no colour
     save_images(tmp_path / "images.png", [("red", red), ("grey", grey)])
     with Image.open(tmp_path / "images.png") as picture:
         pixels = picture.convert("RGB")

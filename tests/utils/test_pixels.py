@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from semivim.utils.pixels import DEFAULT_RULES, PixelRules, to_8_bit, uses_little_of_its_range, white_value
+from semivim.utils.pixels import DEFAULT_RULES, PixelRules, to_8_bit, uses_little_of_its_range, usual_rules, white_value
 
 DEEP = np.array([[0, 15, 16, 2048, 4095]], dtype=np.uint16)
 
@@ -51,6 +51,32 @@ def test_background_of_another_colour():
     assert shown(Image.new("LA", (1, 1), (7, 0)), rules) == ("RGB", [[[200, 100, 0]]])
     assert shown(Image.new("LA", (1, 1), (7, 0)), PixelRules((9, 9, 9))) == ("L", [[9]])
     assert shown(Image.new("RGB", (1, 1), (1, 2, 3)), rules) == ("RGB", [[[1, 2, 3]]])
+
+
+@pytest.mark.parametrize(
+    ("image", "mode", "pixel"),
+    [
+        (Image.new("RGBA", (1, 1), (10, 20, 30, 0)), "RGBA", [10, 20, 30, 0]),
+        (written(Image.new("RGBA", (1, 1), (10, 20, 30, 77)), "TIFF"), "RGBA", [10, 20, 30, 77]),
+        (Image.new("LA", (1, 1), (7, 9)), "RGBA", [7, 7, 7, 9]),
+        (with_colour_key("RGB", (1, 2, 3), (1, 2, 3)), "RGBA", [1, 2, 3, 0]),
+        (with_colour_key("L", 9, 9), "RGBA", [9, 9, 9, 0]),
+        (Image.new("RGB", (1, 1), (1, 2, 3)), "RGB", [1, 2, 3]),
+        (Image.new("L", (1, 1), 7), "L", 7),
+        (Image.new("CMYK", (1, 1), (0, 255, 0, 0)), "RGB", [255, 0, 255]),
+        (Image.new("I;16", (1, 1), 32768), "L", 128),
+    ],
+)
+def test_alpha_is_kept_where_it_is_a_channel(image, mode, pixel):
+    assert shown(image, usual_rules(4)) == (mode, [[pixel]])
+    assert usual_rules(1) == usual_rules(3) == DEFAULT_RULES
+
+
+def test_a_fourth_channel_that_pillow_drops_is_refused():
+    image = written(Image.new("RGBX", (1, 1), (1, 2, 3, 4)), "TIFF")
+    assert shown(image) == ("RGB", [[[1, 2, 3]]])
+    with pytest.raises(ValueError, match="its fourth channel is not declared as alpha, wanted 2 as TIFF's Ex"):
+        shown(image, usual_rules(4))
 
 
 def test_deep_pixels_are_scaled_by_what_the_file_states():

@@ -22,6 +22,18 @@ def test_preprocessing_is_timms():
     assert resolve_preprocessing(model, "model") == timm.data.resolve_input_data_config(model)
 
 
+def test_alpha_gets_a_mean_and_a_deviation_beside_those_of_the_colours():
+    model = timm.create_model("test_vit", in_chans=4)
+    config = model.pretrained_cfg
+    for args in ({"in_chans": 4}, {"input_size": [4, 160, 160]}):
+        found = resolve_preprocessing(model, "model", args)
+        assert (found["mean"], found["std"]) == ((*config["mean"], 0.5), (*config["std"], 0.5))
+    found = resolve_preprocessing(model, "model", {"in_chans": 4, "mean": [0.1, 0.2, 0.3, 0.4], "std": [0.3]})
+    assert (found["input_size"][0], found["mean"], found["std"]) == (4, (0.1, 0.2, 0.3, 0.4), (0.3,) * 4)
+    with pytest.raises(UserError, match="^model: it takes images of 4 channels, wanted --in-chans 4 too$"):
+        resolve_preprocessing(model, "model", {"in_chans": None, "input_size": None})
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -55,8 +67,8 @@ def test_what_cannot_be_meant_is_named(field, value):
 
 
 def test_large_images_and_odd_channels_are_refused():
-    model = timm.create_model("test_vit", in_chans=4)
-    with pytest.raises(UserError, match="^what: it takes images of 4 channels, wanted 1 or 3"):
+    model = timm.create_model("test_vit", in_chans=5)
+    with pytest.raises(UserError, match="^what: it takes images of 5 channels, wanted 1, 3 or 4"):
         resolve_preprocessing(model, "what")
     model = timm.create_model("test_vit")
     model.pretrained_cfg = model.pretrained_cfg | {"crop_pct": 1e-4}
