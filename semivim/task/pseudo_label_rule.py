@@ -15,6 +15,7 @@ from torch import Tensor
 from semivim.loss.adaptive_threshold import freematch_threshold, softmatch_weight
 from semivim.loss.class_prior import adjust_logits, labelled_prior, update_prior
 from semivim.loss.pseudo_label import confidence_and_pseudo, keep_mask
+from semivim.utils.process_group import in_process_group
 
 PSEUDO_PRIORS = ("none", "labeled", "estimated")
 THRESHOLD_MODES = ("fixed", "freematch", "softmatch")
@@ -161,7 +162,7 @@ class PseudoLabelRule:
             return
         # copied: the sums over ranks are written in place, and the log counts this rank's
         total = {name: sums[name].to(torch.float32, copy=True) for name in SUMS if name in sums}
-        if dist.is_available() and dist.is_initialized():
+        if in_process_group():
             for value in total.values():
                 dist.all_reduce(value)
         n = total["unlabelled"]
