@@ -11,7 +11,7 @@ from torch import Tensor
 
 from semivim.utils.process_group import in_process_group
 
-_SUMS = ("interval", "epoch", "run")
+SUMS = ("interval", "epoch", "run")  # of `Progress`, of which a new run has none yet
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Progress:
             unreadable: Times each unreadable image was skipped on this rank.
         """
         self.unreadable = sum_over_ranks(unreadable)
-        for name in _SUMS:
+        for name in SUMS:
             setattr(self, name, _held_by_rank_0(add_over_ranks(getattr(self, name))))
 
     def restart(self, num_epochs: int, updates_per_epoch: int) -> None:
@@ -75,7 +75,7 @@ class Progress:
         """
         for item in fields(self):
             value = state[item.name]
-            setattr(self, item.name, _held_by_rank_0(value) if item.name in _SUMS else value)
+            setattr(self, item.name, _held_by_rank_0(value) if item.name in SUMS else value)
 
 
 def add_up(sums: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
