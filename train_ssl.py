@@ -39,7 +39,7 @@ from semivim.flags.data_flags import (
     mixes,
     mixup_kwargs,
 )
-from semivim.flags.imbalance_flags import add_imbalance_flags, rule_kwargs
+from semivim.flags.imbalance_flags import PRIOR_FLAGS, add_imbalance_flags, rule_kwargs
 from semivim.flags.loaders import create_loaders
 from semivim.flags.model_flags import (
     add_device_flags,
@@ -90,7 +90,7 @@ from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, user_errors_end_the_program
 
 # What a resumed run may not change, with the flags that set it.
-FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio", "img_size", "input_size")} | {
+FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, *PRIOR_FLAGS, "unlabeled_ratio", "img_size", "input_size")} | {
     "labelled_per_update": "--batch-size x --grad-accum-steps x processes",
     "updates_per_epoch": "--train-batches-per-epoch",
 }

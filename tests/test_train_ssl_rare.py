@@ -86,6 +86,11 @@ def test_prior_is_not_removed_again_from_a_debiased_model(debiased, tmp_path, ca
     assert not (tmp_path / "again").exists()
 
 
+def test_resumed_run_cannot_take_one_prior_for_another(debiased, capsys):
+    with refused(r"--debias-pseudo is 0\.0, but 1\.0 in the run to resume, which cannot change it", capsys):
+        run(debiased[0], *LONG_TAIL, *RULES["adjust"], "--epochs", "3", "--resume", "auto")
+
+
 @pytest.mark.parametrize("name", ["debias", "softmatch"])
 def test_resumed_run_is_the_unbroken_one_to_the_bit(name, tmp_path, monkeypatch):
     flags = [*LONG_TAIL, *RULES[name]]

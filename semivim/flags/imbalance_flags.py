@@ -7,6 +7,8 @@ from semivim.flags.parser import NON_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, Parser
 from semivim.task.posthoc import POSTHOC_PRIORS
 from semivim.task.pseudo_label_rule import PSEUDO_PRIORS, THRESHOLD_MODES
 
+# The running means and the heads that a resumed run reads back are those of these values.
+PRIOR_FLAGS = ("debias_pseudo", "pseudo_prior", "threshold_mode", "logit_adjust_tau")
 SHORT_RUN_UPDATES = 5000  # below, running means must forget the untrained model faster
 
 
