@@ -79,6 +79,7 @@ from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_figures import (
     batch_figures,
     interval_means,
+    prior_classes,
     pseudo_label_figures,
     pseudo_label_summary,
     task_figures,
@@ -318,7 +319,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             measured, better = measure()
             shown = {f"{who}_{name}": metrics[name] for name in shown_metrics for who, metrics in measured.items()}
             labelling = pseudo_label_figures(epoch_sums, epoch_means)
-            log.record({"epoch": epoch, **shown, "pseudo_labels": labelling})
+            ends = prior_classes(rule.state.get("prior"), source.class_names)
+            log.record({"epoch": epoch, **shown, **ends, "pseudo_labels": labelling})
         log.say_once(pseudo_label_summary(epoch_sums, source.class_names).get("fault"))
         student, teacher = measured.get("student", {}), measured.get("teacher", {})
         scheduler.step(epoch + 1, better.get(args.eval_metric))

@@ -58,6 +58,10 @@ def test_report_shows_both_heads_and_the_pseudo_labels_of_each_class(debiased):
     wanted = {"kept_share_many", "kept_share_medium", "pseudo_entropy", "prior_kl", "prior_min", "prior_max"}
     assert wanted <= set.union(*(set(r) for r in logged))
     assert logged[-1]["prior_min"] < 0.1 < logged[-1]["prior_max"]
+    shares = torch.load(folder / "last.pth.tar", weights_only=False)["task_state"]["pseudo_labels"]["prior"]
+    (evaluated,) = [r for r in records if r.get("epoch") == 1]
+    ends = {evaluated["prior_min_class"], evaluated["prior_max_class"]}
+    assert ends == {stored["class_names"][int(label)] for label in (shares.argmin(), shares.argmax())}
 
 
 def test_saved_model_is_the_debiased_one(debiased):
