@@ -74,7 +74,7 @@ FIXED = {name: flag(name) for name in ("directions", "cluster", "img_size", "inp
     "updates_per_epoch": "--train-batches-per-epoch",
 }
 FIXED_OPTIMIZER = {name: flag(name) for name in OPTIMIZER_OPTIONS}
-HELD_OUT = 100  # of a heap or a tar file each so many-th image is held out
+HELD_OUT = 100  # of a heap or a tar file one image of so many is held out
 PICTURED = 6  # held-out images of the picture
 PANELS = (Panel("loss", ("loss", "held_out_loss", "loss_of_zero")), Panel("learning rate", ("lr",)))
 
@@ -126,10 +126,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def hold_out(source: ImageSource, flag: str) -> tuple[ImageSource, np.ndarray, ImageSource, np.ndarray]:
-    """Hold images out of a source that ``flag`` names; see :func:`open_data`."""
+def hold_out(source: ImageSource, named: str) -> tuple[ImageSource, np.ndarray, ImageSource, np.ndarray]:
+    """Hold the first of each ``HELD_OUT`` images out of a source, ``named`` so in an error; see :func:`open_data`."""
     if len(source) == 1:
-        raise UserError(f"{flag} holds one image, wanted one more to evaluate on")
+        raise UserError(f"{named} holds one image, wanted one more to evaluate on")
     held_out = np.arange(len(source)) % HELD_OUT == 0
     return source, np.flatnonzero(~held_out), source, np.flatnonzero(held_out)
 

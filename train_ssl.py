@@ -39,7 +39,7 @@ from semivim.flags.data_flags import (
     mixes,
     mixup_kwargs,
 )
-from semivim.flags.imbalance_flags import add_imbalance_flags, rule_kwargs
+from semivim.flags.imbalance_flags import PRIOR_FLAGS, add_imbalance_flags, rule_kwargs
 from semivim.flags.loaders import create_loaders
 from semivim.flags.model_flags import (
     add_device_flags,
@@ -79,6 +79,7 @@ from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_figures import (
     batch_figures,
     interval_means,
+    prior_classes,
     pseudo_label_figures,
     pseudo_label_summary,
     task_figures,
@@ -90,7 +91,7 @@ from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, user_errors_end_the_program
 
 # What a resumed run may not change, with the flags that set it.
-FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, "unlabeled_ratio", "img_size", "input_size")} | {
+FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, *PRIOR_FLAGS, "unlabeled_ratio", "img_size", "input_size")} | {
     "labelled_per_update": "--batch-size x --grad-accum-steps x processes",
     "updates_per_epoch": "--train-batches-per-epoch",
 }
@@ -318,7 +319,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             measured, better = measure()
             shown = {f"{who}_{name}": metrics[name] for name in shown_metrics for who, metrics in measured.items()}
             labelling = pseudo_label_figures(epoch_sums, epoch_means)
-            log.record({"epoch": epoch, **shown, "pseudo_labels": labelling})
+            ends = prior_classes(rule.state.get("prior"), source.class_names)
+            log.record({"epoch": epoch, **shown, **ends, "pseudo_labels": labelling})
         log.say_once(pseudo_label_summary(epoch_sums, source.class_names).get("fault"))
         student, teacher = measured.get("student", {}), measured.get("teacher", {})
         scheduler.step(epoch + 1, better.get(args.eval_metric))

@@ -1,6 +1,8 @@
 """Training with the rules for rare classes: what a run reports and saves, how it goes on, and its stages."""
 
 import json
+import re
+import shlex
 
 import pytest
 import timm
@@ -8,6 +10,8 @@ import torch
 
 import semivim  # noqa: F401  registers the models
 import train_ssl
+from semivim.flags.ssl_flags import teacher_kwargs
+from semivim.flags.train_flags import scaled_lr
 from tests.training import ROOT, assert_same_run, refused, run, states
 
 LONG_TAIL = [
@@ -54,6 +58,10 @@ def test_report_shows_both_heads_and_the_pseudo_labels_of_each_class(debiased):
     wanted = {"kept_share_many", "kept_share_medium", "pseudo_entropy", "prior_kl", "prior_min", "prior_max"}
     assert wanted <= set.union(*(set(r) for r in logged))
     assert logged[-1]["prior_min"] < 0.1 < logged[-1]["prior_max"]
+    shares = torch.load(folder / "last.pth.tar", weights_only=False)["task_state"]["pseudo_labels"]["prior"]
+    (evaluated,) = [r for r in records if r.get("epoch") == 1]
+    ends = {evaluated["prior_min_class"], evaluated["prior_max_class"]}
+    assert ends == {stored["class_names"][int(label)] for label in (shares.argmin(), shares.argmax())}
 
 
 def test_saved_model_is_the_debiased_one(debiased):
@@ -80,6 +88,11 @@ def test_prior_is_not_removed_again_from_a_debiased_model(debiased, tmp_path, ca
             "labeled",
         )
     assert not (tmp_path / "again").exists()
+
+
+def test_resumed_run_cannot_take_one_prior_for_another(debiased, capsys):
+    with refused(r"--debias-pseudo is 0\.0, but 1\.0 in the run to resume, which cannot change it", capsys):
+        run(debiased[0], *LONG_TAIL, *RULES["adjust"], "--epochs", "3", "--resume", "auto")
 
 
 @pytest.mark.parametrize("name", ["debias", "softmatch"])
@@ -171,17 +184,36 @@ def test_any_timm_model_is_a_student(model, tmp_path):
     assert results["teacher"]["balanced_acc"] > 0
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_each_recipe_holds_flags_that_go_together(path):
-    args = train_ssl.parse_args(["-c", str(path), "--data-dir", ".", "--label-fraction", "0.1", "--model", "test_vim"])
+RECIPES = sorted((ROOT / "benchmarks" / "recipes").glob("*.yaml"))
+
+
+def recipe_args(path):
+    """Flags of a recipe, with the words that its header gives to train_ssl.py, on a miniature model."""
+    (command,) = re.findall("^# train_ssl.py (.*)$", path.read_text(), re.MULTILINE)
+    words = command.replace(f"benchmarks/recipes/{path.name}", str(path)).replace("DATA", ".")
+    return train_ssl.parse_args([*shlex.split(words), "--model", "test_vim"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_command_of_a_recipe_is_taken_and_its_rate_suits_adamw(path):
+    args = recipe_args(path)
     assert args.opt == "adamw"
     assert args.weight_decay == 0.05
+    assert 1e-4 < scaled_lr(args, 8 * 128) < 5e-3  # of 8 GPUs x 128 images
+
+
+def test_recipes_that_follow_each_other_train_one_model_and_keep_its_teacher():
+    assert [path.stem for path in RECIPES] == ["finetune", "rare", "ssl"]
+    first, *later = (recipe_args(path) for path in RECIPES)
+    for args in later:
+        assert (args.gp, args.img_size) == (first.gp, first.img_size) == ("avg", 224)
+        assert teacher_kwargs(args)["use_warmup"] is False
 
 
 def test_the_recipe_for_rare_classes_goes_on_from_a_teacher(tmp_path):
     split = LONG_TAIL[:-2]  # the recipe does not set the decay of a short run
-    run(tmp_path / "labels", *LONG_TAIL, "--ssl-method", "supervised")
-    start = ["--initial-checkpoint", tmp_path / "labels" / "last.pth.tar", "--lr", "0"]
+    run(tmp_path / "labels", *LONG_TAIL, "--gp", "avg", "--img-size", "32", "--ssl-method", "supervised")
+    start = ["--initial-checkpoint", tmp_path / "labels" / "last.pth.tar", "--img-size", "32", "--lr", "0"]
     recipe = ["-c", ROOT / "benchmarks" / "recipes" / "rare.yaml"]
     run(tmp_path / "ssl", *recipe, *split, *start)
     assert json.loads((tmp_path / "ssl" / "config.json").read_text())["logit_adjustment"]["by"] == "unlabeled"

@@ -1,6 +1,7 @@
 """Flags of autoregressive pretraining that timm's scripts do not have, and the arguments that they become."""
 
 import argparse
+import os
 from typing import Any
 
 from semivim.flags.data_flags import crop_kwargs
@@ -33,6 +34,9 @@ def _check_arm(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--directions both halves a batch: --batch-size must be 2 or more, got {args.batch_size}")
     if args.layer_decay is not None:
         parser.error(f"--layer-decay is for fine-tuning, whose lower layers are trained: got {args.layer_decay:g}")
+    heap_alone = args.unlabeled_dir and not (args.dataset or args.data_dir)
+    has_splits = not (heap_alone or os.path.isfile(args.data_dir or ""))  # else images are held out of one source
+    parser.refuse_unread(args, {"a data set of splits, no heap or tar file": (has_splits, "train_split val_split")})
 
 
 def arm_kwargs(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from semivim.flags.parser import NON_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, Parser
 from semivim.task.posthoc import POSTHOC_PRIORS
 from semivim.task.pseudo_label_rule import PSEUDO_PRIORS, THRESHOLD_MODES
 
+# The running means and the heads that a resumed run reads back are those of these values.
+PRIOR_FLAGS = ("debias_pseudo", "pseudo_prior", "threshold_mode", "logit_adjust_tau")
 SHORT_RUN_UPDATES = 5000  # below, running means must forget the untrained model faster
 
 
@@ -67,28 +69,28 @@ def _check_imbalance(parser: Parser, args: argparse.Namespace) -> None:
         )
     if args.logit_adjust_tau and args.posthoc_debias == "labeled":
         parser.error("--posthoc-debias labeled removes the labels' prior, which --logit-adjust-tau has removed already")
-    semi_supervised = args.ssl_method != "supervised"
+    supervised = args.ssl_method == "supervised"
+    pseudo_labels = "debias_pseudo pseudo_prior soft_pseudo_labels prior_momentum threshold_mode"
+    parser.name_unused(args, f"--ssl-method {args.ssl_method}", pseudo_labels if supervised else "")
     means = args.debias_pseudo or args.pseudo_prior == "estimated" or args.threshold_mode != "fixed"
     conditions = {
-        "a --ssl-method other than supervised": (
-            semi_supervised,
-            "debias_pseudo pseudo_prior soft_pseudo_labels threshold_mode",
-        ),
-        "--logit-adjust-tau": (args.logit_adjust_tau, "pseudo_prior"),
-        "--debias-pseudo, --pseudo-prior estimated or --threshold-mode": (means, "prior_momentum"),
-        "--threshold-mode fixed": (args.threshold_mode == "fixed", "threshold"),
+        "--logit-adjust-tau": (supervised or args.logit_adjust_tau, "pseudo_prior"),
+        "--debias-pseudo, --pseudo-prior estimated or --threshold-mode": (supervised or means, "prior_momentum"),
+        "--threshold-mode fixed": (supervised or args.threshold_mode == "fixed", "threshold"),
         "--posthoc-debias": (args.posthoc_debias != "none", "posthoc_tau"),
     }
     parser.refuse_unread(args, conditions)
 
 
 def rule_kwargs(args: argparse.Namespace, total_updates: int) -> dict[str, Any]:
-    """Arguments of ``PseudoLabelRule`` beside the classes.
+    """Arguments of ``PseudoLabelRule`` beside the classes; without pseudo-labels that of the labelled loss.
 
     Args:
         args: The parsed flags.
         total_updates: Updates of the whole run.
     """
+    if args.ssl_method == "supervised":
+        return {"tau": args.logit_adjust_tau}
     soft, momentum = args.soft_pseudo_labels, args.prior_momentum
     if momentum is None:
         momentum = 0.99 if total_updates < SHORT_RUN_UPDATES else 0.999

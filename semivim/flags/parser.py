@@ -128,11 +128,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=_Help, **options)
         self.checks: list[Callable[[Parser, argparse.Namespace], None]] = []
+        self._unused: dict[str, list[str]] = {}
 
     def check(self, args: argparse.Namespace) -> None:
-        """Exit with one line where flags contradict each other, or one is given that nothing would read."""
+        """Exit with one line where flags contradict each other, or one is given that nothing would read.
+
+        Flags that are left unused for good reason are logged in one line (see :meth:`name_unused`).
+        """
         for check in self.checks:
             check(self, args)
+        for holder, flags in self._unused.items():
+            _logger.warning("%s leaves unused: %s", holder, ", ".join(flags))
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line, naming the nearest known flag where one was misspelt."""
@@ -218,7 +224,7 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{flag(name)} is read only with {condition}, got {value}")
 
     def name_unused(self, args: argparse.Namespace, holder: str, names: str) -> None:
-        """Log in one line which of the given flags are left unused.
+        """Note which of the given flags are left unused, for the one line of a holder that :meth:`check` logs.
 
         Args:
             args: The parsed flags.
@@ -226,7 +232,7 @@ class Parser(argparse.ArgumentParser):
             names: Names of the flags.
         """
         if given := [flag(name) for name in names.split() if getattr(args, name) != self.get_default(name)]:
-            _logger.warning("%s leaves unused: %s", holder, ", ".join(given))
+            self._unused.setdefault(holder, []).extend(given)
 
 
 def _suggest(word: str, names: Iterable[str]) -> str:

@@ -33,6 +33,7 @@ from semivim.runs.run_folder import (
 )
 from semivim.runs.run_log import RunLog
 from semivim.utils.files import write_text
+from semivim.utils.process_group import in_process_group
 from semivim.utils.terminal import escape
 from semivim.utils.user_error import UserError
 
@@ -118,7 +119,7 @@ class Run:
             SystemExit: With status 128 + the signal's number, as a shell has it.
         """
         self.save_recovery(progress)
-        if dist.is_initialized():
+        if in_process_group():
             dist.barrier()  # a launcher ends all ranks where one has ended
         if self.saver:
             self.log.say(f"{self.folder}: stopped at update {progress.num_updates}; continue with --resume auto")

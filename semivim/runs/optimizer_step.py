@@ -12,6 +12,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import Tensor
 
 from semivim.runs.progress import add_up
+from semivim.utils.process_group import in_process_group
 from semivim.utils.user_error import UserError
 
 Batch = TypeVar("Batch")
@@ -74,7 +75,7 @@ def optimizer_step(
                 dispatch_clip_grad(parameters, clip["clip_grad"], mode=clip["clip_mode"])
             optimizer.step()
     optimizer.zero_grad()
-    counted = not taken and not (dist.is_initialized() and dist.get_rank())  # all ranks skip a step alike
+    counted = not taken and not (in_process_group() and dist.get_rank())  # all ranks skip a step alike
     sums |= {"batches": torch.tensor(float(len(batches))), "skipped": torch.tensor(float(counted))}
     return StepResult(taken, sums)
 

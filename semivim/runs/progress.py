@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SUMS = ("interval", "epoch", "run")
+from semivim.utils.process_group import in_process_group
+
+SUMS = ("interval", "epoch", "run")  # of `Progress`, of which a new run has none yet
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Progress:
             unreadable: Times each unreadable image was skipped on this rank.
         """
         self.unreadable = sum_over_ranks(unreadable)
-        for name in _SUMS:
+        for name in SUMS:
             setattr(self, name, _held_by_rank_0(add_over_ranks(getattr(self, name))))
 
     def restart(self, num_epochs: int, updates_per_epoch: int) -> None:
@@ -73,7 +75,7 @@ class Progress:
         """
         for item in fields(self):
             value = state[item.name]
-            setattr(self, item.name, _held_by_rank_0(value) if item.name in _SUMS else value)
+            setattr(self, item.name, _held_by_rank_0(value) if item.name in SUMS else value)
 
 
 def add_up(sums: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
@@ -85,26 +87,28 @@ def add_up(sums: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
 
 def _held_by_rank_0(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sums on rank 0, zeros of the same shapes on the others."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if not in_process_group() or dist.get_rank() == 0:
         return sums
     return {name: torch.zeros_like(value) for name, value in sums.items()}
 
 
 def add_over_ranks(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add up figures over all processes, which all have to call this with the same names and shapes."""
-    if not dist.is_initialized() or not figures:
+    """Add up figures over all processes, which all have to call this with the same names and shapes.
+
+    Returns:
+        The sums; of several processes float64, on the CPU.
+    """
+    if not in_process_group():
         return dict(figures)
-    names = sorted(figures)
-    device = next((figures[name].device for name in names if figures[name].device.type != "cpu"), None)
-    values = torch.cat([figures[name].reshape(-1).to(device or "cpu", torch.float64) for name in names])
-    dist.all_reduce(values)
-    parts = values.split([figures[name].numel() for name in names])
-    return {name: part.view(figures[name].shape) for name, part in zip(names, parts, strict=True)}
+    parts: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+    # as objects: NCCL reduces no tensor of the CPU, where the sums out of a checkpoint are
+    dist.all_gather_object(parts, {name: value.to("cpu", torch.float64) for name, value in figures.items()})
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in figures}
 
 
 def sum_over_ranks(counts: dict[int, int]) -> dict[int, int]:
     """Sum counts over all processes, which all have to call this."""
-    if not dist.is_initialized():
+    if not in_process_group():
         return dict(counts)
     parts: list[dict[int, int]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, counts)

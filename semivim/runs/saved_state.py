@@ -10,6 +10,7 @@ from timm.task import TrainingTask
 from timm.utils import NativeScaler, unwrap_model
 from torch import Tensor, nn
 
+from semivim.runs.progress import SUMS
 from semivim.utils.user_error import UserError, short
 
 
@@ -36,6 +37,8 @@ def check_saved(
     """
     _check_weights(checkpoint["state_dict"], unwrap_model(task.get_eval_model()), f"{what}: state_dict")
     _check_like(_entry(checkpoint, "task_state", what), task.get_task_state(), f"{what}: task_state")
+    for name in SUMS:  # a run that has not begun cannot tell which they are
+        _check_sums(checkpoint["task_state"]["progress"][name], f"{what}: task_state: progress: {name}")
     if task.has_ema():
         teacher: Any = unwrap_model(task.get_eval_model(ema=True))
         _check_weights(_entry(checkpoint, "state_dict_ema", what), teacher, f"{what}: state_dict_ema")
@@ -80,6 +83,13 @@ def _check_like(saved: Any, wanted: Mapping[str, Any], what: str) -> None:
             raise UserError(f"{what}: {name} is {short(saved[name])}, wanted a tensor of shape {tuple(value.shape)}")
         elif isinstance(value, int | float) and not _is_number(saved[name]):
             raise UserError(f"{what}: {name} is {short(saved[name])}, wanted a number")
+
+
+def _check_sums(saved: Mapping[str, Any], what: str) -> None:
+    """Check that each sum is a tensor of floats."""
+    for name, value in saved.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            raise UserError(f"{what}: {name} is {short(value)}, wanted a tensor of floats")
 
 
 def _is_number(value: Any) -> bool:

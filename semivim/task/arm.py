@@ -11,6 +11,7 @@ from torch import Tensor
 
 from semivim.loss.patch_pixels import denormalise_patches, normalise_patches, patch_loss, patchify, unpatchify
 from semivim.task.run_task import RunTask
+from semivim.utils.process_group import in_process_group
 from semivim.utils.user_error import UserError
 
 
@@ -70,7 +71,7 @@ def held_out_loss(
                 prediction = model.predict(images, backward)
             loss, zero = patch_loss(prediction, target), target.square().mean()
             sums += len(images) * torch.stack([loss, zero, torch.ones_like(loss)]).double().cpu()
-    if dist.is_initialized():
+    if in_process_group():
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, sums)
         sums = torch.stack(parts).sum(0)

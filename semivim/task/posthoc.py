@@ -20,6 +20,7 @@ from semivim.loss.class_prior import LEAST_SHARE
 from semivim.runs.checkpoint import ADJUSTMENT
 from semivim.runs.run_folder import CONFIG, LAST
 from semivim.utils.files import load_untrusted
+from semivim.utils.process_group import in_process_group
 from semivim.utils.user_error import UserError
 
 _logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def mean_prediction(
             logits = model(batch)
         parts.append(torch.cat([logits.float().softmax(-1).sum(0), logits.new_tensor([len(batch)]).float()]))
     total = torch.stack(parts).sum(0)
-    if dist.is_available() and dist.is_initialized():
+    if in_process_group():
         dist.all_reduce(total)
     return (total[:-1] / total[-1]).clamp(min=LEAST_SHARE)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from semivim.loss.adaptive_threshold import freematch_threshold, softmatch_weight
 from semivim.loss.class_prior import adjust_logits, labelled_prior, update_prior
 from semivim.loss.pseudo_label import confidence_and_pseudo, keep_mask
+from semivim.utils.process_group import in_process_group
 
 PSEUDO_PRIORS = ("none", "labeled", "estimated")
 THRESHOLD_MODES = ("fixed", "freematch", "softmatch")
@@ -161,7 +162,7 @@ class PseudoLabelRule:
             return
         # copied: the sums over ranks are written in place, and the log counts this rank's
         total = {name: sums[name].to(torch.float32, copy=True) for name in SUMS if name in sums}
-        if dist.is_available() and dist.is_initialized():
+        if in_process_group():
             for value in total.values():
                 dist.all_reduce(value)
         n = total["unlabelled"]
@@ -182,15 +183,5 @@ class PseudoLabelRule:
         self.state = {name: torch.where(value.isfinite().all(), value, state[name]) for name, value in new.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore ``state``.
-
-        Raises:
-            ValueError: If it is another rule's.
-        """
-        if state.keys() != self.state.keys():
-            held, wanted = (", ".join(names) or "nothing" for names in (state, self.state))
-            raise ValueError(
-                f"running means of pseudo-labels: got {held}, wanted {wanted}; "
-                "--debias-pseudo, --pseudo-prior or --threshold-mode differ"
-            )
+        """Restore ``state`` of a rule with the same options."""
         self.state = {name: state[name].to(value.device) for name, value in self.state.items()}

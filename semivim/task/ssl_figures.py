@@ -99,10 +99,14 @@ def pseudo_label_summary(sums: Mapping[str, Tensor], class_names: Sequence[str] 
     if kept == 0:
         fault = "no unlabelled image was kept, as no confidence exceeded --threshold: they taught nothing"
     elif most == kept and 2 * kept >= seen and len(sums["kept"]) > 1:
-        names = class_names or []  # --num-classes may be more than there are
-        name = names[largest] if largest < len(names) else f"class {largest}"
+        name = _class_name(largest, class_names)
         fault = f"every unlabelled image that was kept has the pseudo-label {name!r}: they taught that class only"
     return {"seen": seen, "kept": kept, "fault": fault}
+
+
+def _class_name(label: int, class_names: Sequence[str] | None) -> str:
+    """Name of a class; --num-classes may be more than there are names."""
+    return class_names[label] if class_names and label < len(class_names) else f"class {label}"
 
 
 def pseudo_label_figures(sums: Mapping[str, Tensor], means: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -129,6 +133,14 @@ def pseudo_label_figures(sums: Mapping[str, Tensor], means: Mapping[str, float] 
     if means is not None:
         figures["means"] = {name: value for name, value in means.items() if name.startswith(PSEUDO_MEANS)}
     return figures
+
+
+def prior_classes(prior: Tensor | None, class_names: Sequence[str] | None) -> dict[str, str]:
+    """Names of the classes of the least and largest share in the running prior of pseudo-labels; {} without one."""
+    if prior is None:
+        return {}
+    ends = {"prior_min_class": prior.argmin(), "prior_max_class": prior.argmax()}
+    return {key: _class_name(int(label), class_names) for key, label in ends.items()}
 
 
 def task_figures(task: SemiSupervisedTask) -> dict[str, float]:

@@ -27,6 +27,7 @@ from semivim.utils.lyapunov import (
     lyapunov_value,
     projection_factor,
 )
+from semivim.utils.process_group import in_process_group
 
 _logger = logging.getLogger(__name__)
 
@@ -365,7 +366,7 @@ class LyapEmaV3(ModelEmaV3):
         else:
             weight_norms = [torch.linalg.vector_norm(w) for w in weights]
         scalars = torch.stack([_total(norms), _total(weight_norms)])
-        if dist.is_available() and dist.is_initialized():
+        if in_process_group():
             dist.broadcast(scalars, src=0)
         distance, norm = scalars.tolist()
         return distance, norm

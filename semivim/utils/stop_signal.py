@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from semivim.utils.process_group import in_process_group
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_REQUEST_S = 1.0  # torchrun passes on what the terminal has sent to every process already
 
@@ -42,7 +44,7 @@ class StopSignal:
 
     def asked(self) -> int:
         """Number of the signal that any rank has noted, 0 for none; all ranks must call this after the same update."""
-        if not dist.is_initialized():
+        if not in_process_group():
             return self.noted
         noted = torch.tensor(self.noted, device=self.device)
         dist.all_reduce(noted, op=dist.ReduceOp.MAX)

@@ -2,13 +2,14 @@ import pytest
 
 from semivim.data import View
 from semivim.flags import arm_flags
-from semivim.flags.data_flags import add_augmentation_flags
+from semivim.flags.data_flags import add_augmentation_flags, add_dataset_flags
 from semivim.flags.parser import COUNT, Parser
 from semivim.flags.train_flags import add_optimizer_flags
 
 
 def parse(words):
     parser = Parser(prog="train", allow_abbrev=False)
+    add_dataset_flags(parser)
     add_augmentation_flags(parser, classifier=False)
     arm_flags.add_arm_flags(parser)
     add_optimizer_flags(parser)
@@ -43,6 +44,15 @@ def test_views_are_crops_and_flips_only():
         ("--directions backward", "invalid choice: 'backward'"),
         ("--scale 1 0.2", "wanted rising values, got 1 0.2"),
         ("--layer-decay 0.8", "--layer-decay is for fine-tuning"),
+        (
+            f"--data-dir {__file__} --val-split test",
+            "--val-split is read only with a data set of splits, no heap or tar ",
+        ),
+        (
+            "--unlabeled-dir . --val-split test",
+            "--val-split is read only with a data set of splits, no heap or tar file",
+        ),
+        ("--unlabeled-dir . --train-split all", "--train-split is read only with a data set of splits, no heap or tar"),
         ("--mixup 0.8", "unrecognized arguments: --mixup 0.8"),
     ],
 )
@@ -51,3 +61,10 @@ def test_what_does_not_fit_is_one_line(words, message, capsys):
         parse(words)
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["--data-dir .", "--data-dir . --unlabeled-dir .", "--dataset hfds/x --unlabeled-dir ."]
+)
+def test_splits_of_a_data_set_are_named(words):
+    assert parse(f"{words} --train-split a --val-split b").val_split == "b"

@@ -36,13 +36,6 @@ def test_defaults_are_the_plain_rule():
         ("--pseudo-prior uniform", "argument --pseudo-prior: invalid choice"),
         ("--debias-pseudo 1 --logit-adjust-tau 1 --pseudo-prior labeled", "correct the same bias: give one"),
         ("--logit-adjust-tau 1 --posthoc-debias labeled", "which --logit-adjust-tau has removed already"),
-        ("--ssl-method supervised --debias-pseudo 1", "--debias-pseudo is read only with a --ssl-method other"),
-        ("--ssl-method supervised --soft-pseudo-labels", "--soft-pseudo-labels is read only with a --ssl-method other"),
-        ("--ssl-method supervised --threshold-mode freematch", "--threshold-mode is read only with a --ssl-method"),
-        (
-            "--ssl-method supervised --logit-adjust-tau 1 --pseudo-prior labeled",
-            "--pseudo-prior is read only with a --ssl-method other",
-        ),
         ("--pseudo-prior estimated", "--pseudo-prior is read only with --logit-adjust-tau, got estimated"),
         ("--prior-momentum 0.9", "--prior-momentum is read only with --debias-pseudo, --pseudo-prior estimated or"),
         ("--threshold-mode softmatch --threshold 0.9", "--threshold is read only with --threshold-mode fixed, got 0.9"),
@@ -70,6 +63,26 @@ def test_wrong_flag_is_one_line(words, message, capsys):
 )
 def test_what_goes_together_is_taken_and_makes_a_rule(words):
     PseudoLabelRule(3, [3, 2, 1], **rule_kwargs(parse(words), 10))
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        (
+            "--debias-pseudo 1 --soft-pseudo-labels --prior-momentum 0.9 --threshold 0.9",
+            "--threshold, --debias-pseudo, --soft-pseudo-labels, --prior-momentum",
+        ),
+        ("--threshold-mode freematch --threshold 0.9", "--threshold, --threshold-mode"),
+        ("--pseudo-prior estimated --logit-adjust-tau 1", "--pseudo-prior"),
+        ("--pseudo-prior labeled", "--pseudo-prior"),
+        ("--lyap-gamma 5 --no-soft-pseudo-labels", "--lyap-gamma, --soft-pseudo-labels"),
+    ],
+)
+def test_training_on_labels_alone_names_the_flags_of_pseudo_labels_in_one_line(words, unused, caplog):
+    args = parse(f"--ssl-method supervised {words}")
+    assert caplog.messages == [f"--ssl-method supervised leaves unused: {unused}"]
+    rule = PseudoLabelRule(3, [3, 2, 1], **rule_kwargs(args, 10))
+    assert (rule.state, rule.prior, rule.tau) == ({}, None, args.logit_adjust_tau)
 
 
 def test_estimated_prior_trains_on_soft_labels_unless_told_otherwise_and_long_runs_remember_longer():

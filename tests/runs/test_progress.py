@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -49,28 +51,33 @@ def test_sums():
     assert sum_over_ranks({3: 2}) == {3: 2}
 
 
-def of_rank(rank, monkeypatch, others=()):
-    """Be one of two processes, of which the other one gives ``others`` to each sum over both, one after the other."""
-    others = iter(others)
+def of_rank(rank, monkeypatch, other):
+    """Be one of two processes over NCCL; ``other`` gives of one's own object what the other process passes."""
+
+    def all_gather_object(parts, mine):
+        parts[:] = pickle.loads(pickle.dumps([mine, other(mine)]))
+
+    def all_reduce(value):
+        assert value.device.type == "cuda", "No backend type associated with device type cpu"
+
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.add_(next(others)))
-    monkeypatch.setattr(
-        "torch.distributed.all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine, {}])
-    )
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    monkeypatch.setattr("torch.distributed.all_gather_object", all_gather_object)
 
 
 def test_figures_are_added_over_the_ranks(monkeypatch):
     mine = {"loss": torch.tensor(1.0), "batches": torch.tensor(2.0)}
     assert add_over_ranks(mine) == mine
-    of_rank(0, monkeypatch, [torch.tensor([2.0, 4.0], dtype=torch.float64)])  # of batches and loss
+    of_rank(0, monkeypatch, lambda mine: {name: value + 3 * (name == "loss") for name, value in mine.items()})
     assert add_over_ranks(mine) == {"batches": 4.0, "loss": 5.0}
+    assert add_over_ranks({}) == {}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_checkpoint_holds_the_sums_of_all_ranks_and_no_rank_counts_them_twice(rank, monkeypatch):
-    of_rank(rank, monkeypatch, [torch.tensor([3.0, 5.0])] * 3)
+    of_rank(rank, monkeypatch, lambda mine: {"kept": mine["kept"] + torch.tensor([2.0, 3.0])} if "kept" in mine else {})
     progress = Progress()
     progress.add({"kept": torch.tensor([1.0, 2.0])})
     progress.gather({7: 1})
@@ -82,6 +89,15 @@ def test_checkpoint_holds_the_sums_of_all_ranks_and_no_rank_counts_them_twice(ra
     for sums in (progress.interval, progress.epoch, progress.run, resumed.interval, resumed.run):
         assert sums["kept"].tolist() == expected
     assert resumed.epoch == {}
+
+
+def test_run_that_resumes_with_no_step_left_adds_the_sums_of_its_checkpoint(monkeypatch):
+    saved = Progress(num_updates=3, epoch={"kept": torch.tensor([4.0, 7.0])}, run={"kept": torch.tensor([4.0, 7.0])})
+    of_rank(0, monkeypatch, lambda mine: {name: torch.zeros_like(value) for name, value in mine.items()})
+    resumed = Progress()
+    resumed.load_state_dict(saved.state_dict())
+    resumed.gather({})  # before its evaluation
+    assert add_over_ranks(resumed.epoch)["kept"].tolist() == add_over_ranks(resumed.run)["kept"].tolist() == [4.0, 7.0]
 
 
 def test_sums_of_a_checkpoint_go_to_the_device_of_the_figures():

@@ -78,6 +78,13 @@ def set_in(value, keys, new):
         (["task_state", "progress"], {}, "task_state: progress lacks num_updates, num_epochs, interval, ..."),
         (["task_state", "progress", "num_epochs"], "x", "task_state: progress: num_epochs is 'x', wanted a number"),
         (["task_state", "progress", "interval"], 3, "task_state: progress: interval is 3, wanted a dict"),
+        (
+            ["task_state", "progress", "interval"],
+            {"a": None},
+            "task_state: progress: interval: a is None, wanted a tens",
+        ),
+        (["task_state", "progress", "epoch"], {"a": torch.ones(1) > 0}, "task_state: progress: epoch: a is tensor("),
+        (["task_state", "progress", "run"], {"kept": 3}, "task_state: progress: run: kept is 3, wanted a tensor of "),
         (["task_state", "progress", "schedule"], {"plateau": 3}, "schedule lacks restore_lr"),
         (["task_state", "progress", "schedule", "plateau"], {"a": 1}, "schedule: plateau lacks "),
         (["task_state_ema"], None, "it lacks task_state_ema"),

@@ -9,6 +9,7 @@ from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.task.ssl_figures import (
     batch_figures,
     interval_means,
+    prior_classes,
     pseudo_label_figures,
     pseudo_label_summary,
     task_figures,
@@ -129,3 +130,10 @@ def test_task_figures_are_those_of_its_last_update():
     assert set(task_figures(plain)) == {"alpha"}
     debiased = make("ema-teacher", debias=1.0)
     assert task_figures(debiased) == {"prior_min": pytest.approx(1 / 3), "prior_max": pytest.approx(1 / 3)}
+
+
+def test_classes_of_the_least_and_largest_share_of_the_prior_are_named():
+    prior = torch.tensor([0.3, 0.6, 0.1])
+    assert prior_classes(prior, ["ant", "bee"]) == {"prior_min_class": "class 2", "prior_max_class": "bee"}
+    assert prior_classes(prior, None) == {"prior_min_class": "class 2", "prior_max_class": "class 1"}
+    assert prior_classes(None, ["ant", "bee"]) == {}
