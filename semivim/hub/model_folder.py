@@ -4,19 +4,18 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg
 from torch import nn
 
 from semivim.hub.hub_session import check_repo_id, fetch
 from semivim.runs.run_folder import CONFIG, PIXELS, WEIGHTS
-from semivim.utils.files import check_weights_file, weights_shapes
+from semivim.utils.files import check_weights_file, read_mapping, weights_shapes
 from semivim.utils.model_options import (
     MAX_CLASSES,
     NO_WEIGHTS_LIMIT,
@@ -184,26 +183,6 @@ def _are_pixel_rules(value: Any) -> bool:
     colour, white = value["alpha_background"], value["max_value"]
     is_colour = isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
     return (colour is None or is_colour) and (white is None or (type(white) is int and 0 < white < 2**32))
-
-
-def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[str, Any]:
-    """Read a JSON or YAML file that holds a mapping.
-
-    Args:
-        path: The file.
-        parse: ``json.loads`` or ``load_yaml``.
-        where: Name of its folder in the error.
-
-    Raises:
-        UserError: If it cannot be read or parsed, or holds anything else.
-    """
-    try:
-        value = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{where}: {path.name}: {one_line(error)}{did_you_mean_file(path.parent)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {path.name}: wanted a mapping, got {type(value).__name__}")
-    return value
 
 
 def _type_names(wanted: type | tuple[type, ...]) -> str:

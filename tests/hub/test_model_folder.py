@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
-from semivim.hub.model_folder import load_folder, read_config, read_mapping
+from semivim.hub.model_folder import load_folder, read_config
 from semivim.models.vim import Vim
 from semivim.utils.user_error import UserError
 from tests.run_folder import write_run
@@ -113,22 +112,6 @@ def test_a_first_layer_that_only_the_weights_have_is_named(tmp_path: Path) -> No
     save_file({**load_file(weights), "ghost.weight": torch.ones(1)}, weights)
     with pytest.raises(UserError, match="first_conv is 'ghost', no layer of test_vit"):
         load_folder(tmp_path, "model")
-
-
-@pytest.mark.parametrize(
-    ("text", "cause"),
-    [("a: [", "run: args.yaml: while parsing"), ("3", "run: args.yaml: wanted a mapping, got int"), (None, "No such")],
-)
-def test_a_mapping_in_yaml(tmp_path: Path, text: str | None, cause: str) -> None:
-    path = tmp_path / "args.yaml"
-    path.write_text("lr: 0.5")
-    assert read_mapping(path, yaml.safe_load, "run") == {"lr": 0.5}
-    path.unlink()
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ValueError, match=cause) as caught:
-        read_mapping(path, yaml.safe_load, "run")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])
