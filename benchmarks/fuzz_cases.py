@@ -35,6 +35,7 @@ from semivim.convert import convert
 from semivim.data.label_split import UNKNOWN, load_split, make_split, save_split
 from semivim.data.list_files import read_list, split_from_lists
 from semivim.data.sources import ImageSource
+from semivim.data.views import View
 from semivim.flags.parser import flag
 from semivim.hub.model_card import public_args
 from semivim.hub.model_folder import load_folder
@@ -423,7 +424,7 @@ def model_configs(folder: Path) -> Callable[[Random], Case]:
 
     def load() -> None:
         model = load_model(f"local-dir:{folder}")
-        resolve_preprocessing(model, f"local-dir:{folder}")
+        View(**resolve_preprocessing(model, f"local-dir:{folder}"), is_training=False)
 
     def make(rng: Random) -> Case:
         if rng.random() < 0.8:
