@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 
 from semivim.hub.hub_session import check_repo_id, fetch
 from semivim.runs.run_folder import CONFIG, PIXELS, WEIGHTS
@@ -149,10 +149,30 @@ def check_config(folder: Path, where: str, options: Mapping[str, Any] | None = N
     model = check_options(
         f"{FOLDER}{folder}", options or {}, f"{what} does not suit {architecture}", limit, architecture
     )
-    layers, first = dict(model.named_modules()), pretrained_cfg.get("first_conv") or ()
-    for name in (first,) if isinstance(first, str) else first:
-        if f"{name}.weight" in shapes and name not in layers:
-            raise UserError(f"{what}: pretrained_cfg: first_conv is {short(first)}, no layer of {architecture}")
+    if shapes:
+        _check_loading(pretrained_cfg, shapes, model, f"{what}: pretrained_cfg")
+
+
+def _check_loading(
+    pretrained_cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module, what: str
+) -> None:
+    """Refuse names by which timm would look for what the model or its weights lack."""
+    first, classifier, offset = (pretrained_cfg.get(name) for name in ("first_conv", "classifier", "label_offset"))
+    layers = dict(model.named_modules())
+    for name in _names(first):
+        if f"{name}.weight" in shapes and not isinstance(getattr(layers.get(name), "weight", None), Tensor):
+            raise UserError(
+                f"{what}: first_conv is {short(first)}, wanted a layer of {type(model).__name__} with weights"
+            )
+    for name in _names(classifier) if (offset or 0) > 0 else ():  # whose first rows timm cuts off
+        for tensor in (f"{name}.weight", f"{name}.bias"):
+            if not shapes.get(tensor):
+                stated = f"label_offset is {offset} and classifier {short(classifier)}"
+                raise UserError(f"{what}: {stated}, but {WEIGHTS} has no rows of {short(tensor)}")
+
+
+def _names(value: str | Sequence[str] | None) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value or ()
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:
