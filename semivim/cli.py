@@ -108,7 +108,7 @@ def _add_predict(parser: Parser) -> None:
 def _predict(args: Namespace) -> Iterator[str]:
     """Label all images that can be read, then fail if one could not."""
     model = load_model(args.model, args.pretrained, args.checkpoint, args.num_classes)
-    paths, rules = find_images(args.images), pixel_rules(args, model_rules(model))
+    paths, rules = find_images(args.images), pixel_rules(args, model_rules(model, f"--model {args.model}"))
     unread: list[str] = []
 
     def labelled() -> Iterator[Labelled]:

@@ -96,20 +96,25 @@ def load_folder(folder: Path, where: str) -> nn.Module:
     return model
 
 
-def pixel_rules(model: nn.Module) -> PixelRules:
+def pixel_rules(model: nn.Module, what: str = "--model") -> PixelRules:
     """How the model's images became 8 bits in training, as :func:`load_folder` found it; the usual rules otherwise.
+
+    Args:
+        model: A model of timm.
+        what: What an error calls it.
 
     Raises:
         UserError: If alpha is kept and the model does not take it, the other way round, or the preprocessing is odd.
     """
     config: Any = model.pretrained_cfg
-    channels = resolve_preprocessing(model, "--model")["input_size"][0]
+    channels = resolve_preprocessing(model, what)["input_size"][0]
     usual = usual_rules(channels)
     if PIXELS not in config:
         return usual
     background, max_value = config[PIXELS]["alpha_background"], config[PIXELS]["max_value"]
     if (background is None) != (usual.alpha_background is None):
-        raise UserError(f"--model: {PIXELS}.alpha_background is {background}, but it takes {channels} channels")
+        does = "keeps" if background is None else "drops"
+        raise UserError(f"{what}: {CONFIG} {does} alpha, but the model takes {channels} channels")
     return PixelRules(background and tuple(background), max_value)
 
 
