@@ -35,16 +35,24 @@ from semivim.convert import convert
 from semivim.data.label_split import UNKNOWN, load_split, make_split, save_split
 from semivim.data.list_files import read_list, split_from_lists
 from semivim.data.sources import ImageSource
+from semivim.data.views import View
 from semivim.flags.parser import flag
 from semivim.hub.model_card import public_args
-from semivim.hub.model_folder import load_folder, read_mapping
+from semivim.hub.model_folder import load_folder
 from semivim.inference import load_model
 from semivim.runs.checkpoint import RUN_LAYOUT, AtomicCheckpointSaver, load_training_checkpoint, restore, save_model
 from semivim.runs.progress import Progress
 from semivim.runs.run_folder import ARGS, CONFIG, LAST, WEIGHTS, check_unchanged
 from semivim.task.semi_supervised import SemiSupervisedTask
 from semivim.utils.checksum import seal_checkpoint, seal_safetensors
-from semivim.utils.files import check_weights_file, load_untrusted, load_weights, load_yaml, weights_shapes
+from semivim.utils.files import (
+    check_weights_file,
+    load_untrusted,
+    load_weights,
+    load_yaml,
+    read_mapping,
+    weights_shapes,
+)
 from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.user_error import UserError
 
@@ -416,7 +424,7 @@ def model_configs(folder: Path) -> Callable[[Random], Case]:
 
     def load() -> None:
         model = load_model(f"local-dir:{folder}")
-        resolve_preprocessing(model, f"local-dir:{folder}")
+        View(**resolve_preprocessing(model, f"local-dir:{folder}"), is_training=False)
 
     def make(rng: Random) -> Case:
         if rng.random() < 0.8:

@@ -229,7 +229,7 @@ def predict(model: nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
 
 
 def measure(logits: Tensor, label: Tensor, split: LabelSplit) -> dict[str, Any]:
-    """Metrics in percent; the groups are thirds of the classes by their labels."""
+    """Metrics in percent; the groups are those of `shot_groups`."""
     metrics = ClassificationMetrics(split.num_classes, CPU)
     metrics.update(logits, label)
     result = metrics.compute(split.labels_per_class.tolist())

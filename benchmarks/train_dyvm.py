@@ -23,6 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
+import timm
 import torch
 from timm.data import Mixup
 from timm.utils import is_primary, random_seed, setup_default_logging
@@ -39,8 +40,9 @@ from semivim.flags.data_flags import (
     view_kwargs,
 )
 from semivim.flags.model_flags import add_device_flags, add_model_flags, create_model, mixed_precision, open_device
-from semivim.flags.parser import Parser, parse_flags
+from semivim.flags.parser import Parser, flag, parse_flags
 from semivim.flags.train_flags import (
+    OPTIMIZER_OPTIONS,
     add_misc_flags,
     add_optimizer_flags,
     add_schedule_flags,
@@ -62,9 +64,12 @@ from semivim.utils.preprocessing import resolve_preprocessing
 from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, one_line, user_errors_end_the_program
 
-FIXED = {"images_per_update": "--batch-size x --grad-accum-steps x processes", "teacher": "--teacher"} | {
-    "updates_per_epoch": "--train-batches-per-epoch"
+# What a resumed run may not change, with the flags that set it.
+FIXED = {name: flag(name) for name in ("teacher", "img_size", "input_size")} | {
+    "images_per_update": "--batch-size x --grad-accum-steps x processes",
+    "updates_per_epoch": "--train-batches-per-epoch",
 }
+FIXED_OPTIMIZER = {name: flag(name) for name in OPTIMIZER_OPTIONS}
 FIGURES = (*LOSSES, "kept_tokens", "kept_gates")
 EVAL_COLUMNS = ("top1", "top5", "balanced_acc", "worst_class_recall")
 PANELS = (
@@ -88,6 +93,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--teacher", required=True, metavar="NAME", help="plain Vim with weights; see above")
     args = parse_flags(parser, argv)
     parser.check(args)
+    for name, wanted in (("initial_checkpoint", ""), ("pretrained", False), ("tune_scope", "all")):
+        if getattr(args, name) != wanted:
+            parser.error(f"{flag(name)} is not read: the student starts from --teacher, and all of it trains")
     return args
 
 
@@ -97,7 +105,10 @@ def load_teacher(name: str, student: DyVM, device: torch.device) -> torch.nn.Mod
     Raises:
         UserError: If it has no weights, or is not the student without routers and gates.
     """
-    teacher = load_model(name, pretrained=not name.startswith(("hf-hub:", "local-dir:")))
+    try:
+        teacher = load_model(name, pretrained=timm.is_model(name))
+    except UserError as error:
+        raise type(error)(str(error).replace("--model", "--teacher", 1)) from error
     try:
         student.load_vim(teacher.state_dict())
     except (RuntimeError, ValueError) as error:
@@ -153,7 +164,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
     per_update = args.batch_size * accum * args.world_size
     epoch_updates = args.train_batches_per_epoch or max(1, len(known) // per_update)
     sizes = {"images_per_update": per_update, "updates_per_epoch": epoch_updates}
-    found.check_unchanged(config | sizes, FIXED)
+    found.check_unchanged(config | sizes, FIXED if args.no_resume_opt else FIXED | FIXED_OPTIMIZER)
     optimizer, scheduler, epochs = create_optimizer(args, model, epoch_updates, per_update)
     autocast, scaler = mixed_precision(args, device)
     clip = clip_kwargs(args)
@@ -176,7 +187,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
             config=config,
             sizes=sizes,
             total_updates=epochs * epoch_updates,
-            train_columns=FIGURES,
+            train_columns=(*FIGURES, "skipped"),
             eval_columns=EVAL_COLUMNS,
             log_wandb=args.log_wandb,
             wandb_project=args.wandb_project,
@@ -206,7 +217,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:  # noqa
         return result["loss"], {name: result[name] for name in FIGURES}
 
     def means(sums: dict[str, Tensor]) -> dict[str, float]:
-        return {name: (sums[name] / sums["batches"]).item() for name in FIGURES if name in sums}
+        return {name: (sums[name] / sums["batches"]).item() for name in FIGURES} | {"skipped": sums["skipped"].item()}
 
     def measure() -> dict[str, Any]:
         metrics = evaluate(model, eval_loader, num_classes, device, autocast, train_counts=counts)

@@ -71,7 +71,7 @@ def _convert(args: Namespace) -> Iterator[str]:
 
 
 def _add_publish(parser: Parser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="run folder of train_ssl.py")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run folder of train_ssl.py or train_arm.py")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="repository, made if it does not exist")
     parser.add_argument("--tag", help="name for this version, for hf-hub:ORG/NAME@TAG")
     parser.add_argument("--license", metavar="ID", help="license of the weights (that of the weights trained from)")
@@ -108,7 +108,7 @@ def _add_predict(parser: Parser) -> None:
 def _predict(args: Namespace) -> Iterator[str]:
     """Label all images that can be read, then fail if one could not."""
     model = load_model(args.model, args.pretrained, args.checkpoint, args.num_classes)
-    paths, rules = find_images(args.images), pixel_rules(args, model_rules(model))
+    paths, rules = find_images(args.images), pixel_rules(args, model_rules(model, f"--model {args.model}"))
     unread: list[str] = []
 
     def labelled() -> Iterator[Labelled]:

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from semivim.data import EvaluationLoader, UnreadableImageError, View, open_source
+from semivim.hub.model_folder import pixel_rules
 from semivim.inference import find_images, load_model, predict
 from semivim.runs.checkpoint import save_model
 from semivim.utils.pixels import PixelRules
@@ -124,11 +125,14 @@ def test_damaged_pixel_rules_are_named(rules: object, tmp_path: Path) -> None:
 
 def test_pixel_rules_for_another_number_of_channels_are_named(photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.png")
-    for channels, rules in ((3, PixelRules(None)), (4, PixelRules())):
+    for channels, rules, does in ((3, PixelRules(None), "keeps"), (4, PixelRules(), "drops")):
         save_model(timm.create_model("test_vim", num_classes=5, in_chans=channels), tmp_path, None, None, rules)
         model = load_model(f"local-dir:{tmp_path}")
-        with pytest.raises(UserError, match=f"semivim_pixel_rules.alpha_background is .*, but it takes {channels} ch"):
+        said = f"config.json {does} alpha, but the model takes {channels} channels"
+        with pytest.raises(UserError, match=f"^--model: {said}$"):
             predict(model, tmp_path / "photo.png")
+        with pytest.raises(UserError, match=f"^--model NAME: {said}$"):
+            pixel_rules(model, "--model NAME")
 
 
 def test_a_folder_stands_for_the_images_below_it(photo: Image.Image, tmp_path: Path) -> None:

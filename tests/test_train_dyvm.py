@@ -38,6 +38,7 @@ def test_a_run_trains_reports_and_goes_on(tmp_path, teacher):
     assert whole["updates"] == 4 and whole == json.loads((tmp_path / "run" / "metrics.json").read_text())
     rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [float(row["train_skipped"]) for row in rows] == [0, 0]
     assert all(0 < float(row["train_kept_tokens"]) < 0.5 and float(row["train_loss_features"]) > 0 for row in rows)
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert model.token_ratio == 0.7 and model.head.out_features == 10
@@ -51,6 +52,24 @@ def test_what_does_not_fit_is_refused(tmp_path, teacher, capsys):
         run(tmp_path, teacher, "--model", "test_vim")
     with refused("does not fit the student", capsys):
         run(tmp_path, teacher, "--model-kwargs", "depth=5")
+    for flags in (["--initial-checkpoint", "f.pth"], ["--pretrained"], ["--tune-scope", "ssm"]):
+        with refused(f"{flags[0]} is not read: the student starts from --teacher", capsys):
+            run(tmp_path, teacher, *flags)
+    (tmp_path / "empty").mkdir()
+    for name, said in (
+        (f"local-dir:{tmp_path}/empty", r"--teacher local-dir:\S+/empty lacks config.json"),
+        ("vim_tinny", "--teacher: wanted a timm model, .*, got 'vim_tinny'"),
+    ):
+        with refused(said, capsys):
+            run(tmp_path, teacher, "--teacher", name)
+
+
+def test_a_resumed_run_refuses_what_its_checkpoint_would_overrule(tmp_path, teacher, capsys):
+    flags = ["--teacher", str(teacher), "--epochs", "1"]  # a folder without local-dir:
+    run(tmp_path, teacher, *flags)
+    for change in (["--weight-decay", "0.1"], ["--img-size", "64"]):
+        with refused(f"{change[0]}", capsys):
+            run(tmp_path, teacher, *flags, "--resume", "auto", *change)
 
 
 RANKS = """

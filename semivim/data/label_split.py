@@ -140,9 +140,9 @@ def make_split(  # noqa: PLR0913
         flags, taken = (", ".join(_FLAGS[name] for name in names) for names in (given, chosen))
         raise UserError(f"give exactly one of {flags}, got {taken or 'none'}")
     _refuse_unread(
-        "imb_n1", imb_n1, imb_m1=(imb_m1, None), imb_factor_l=(imb_factor_l, 1), imb_factor_u=(imb_factor_u, 1)
+        "--imb-n1", imb_n1, imb_m1=(imb_m1, None), imb_factor_l=(imb_factor_l, 1), imb_factor_u=(imb_factor_u, 1)
     )
-    _refuse_unread("imb_m1", imb_m1, imb_factor_u=(imb_factor_u, 1))
+    _refuse_unread("--imb-m1", imb_m1, imb_factor_u=(imb_factor_u, 1))
     if min_per_class < 0:
         raise UserError(f"--min-per-class must not be negative, got {min_per_class}")
     if fraction is None and min_per_class > 1:
@@ -302,7 +302,7 @@ def _refuse_unread(required: str, required_value: int | None, **values: tuple[fl
     """Refuse arguments, given as (value, default), that have no effect without a required one."""
     for name, (value, default) in values.items():
         if required_value is None and value != default:
-            raise ValueError(f"{name} is {value}, but read only with {required}")
+            raise UserError(f"--{name.replace('_', '-')} is read only with {required}, got {value}")
 
 
 def class_name(label: int, class_names: Sequence[str] | None) -> str:

@@ -51,8 +51,8 @@ _WORKING_SOURCES = (
 )
 # What a misspelt name may have meant: those of the Hub and of a folder of shards are not known here.
 _KNOWN_NAMES = ("embedded/digits", "embedded/photos") + (
-    "torch/cifar10", "torch/cifar100", "torch/fashion_mnist", "torch/imagenet", "torch/inaturalist", "torch/kmnist",
-    "torch/mnist", "torch/places365", "torch/qmnist", "torch/stl10",
+    "torch/cifar10", "torch/cifar100", "torch/fashion_mnist", "torch/folder", "torch/image_folder", "torch/imagenet",
+    "torch/inaturalist", "torch/kmnist", "torch/mnist", "torch/places365", "torch/qmnist", "torch/stl10",
 )  # fmt: skip
 # Options of timm that each kind of data set reads; timm ignores the others, or fails on them.
 _OPTIONS: dict[str, set[str]] = {

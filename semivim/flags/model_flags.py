@@ -229,12 +229,19 @@ def _load(args: argparse.Namespace, files: list[str], given: dict[str, Any]) -> 
         raise UserError(f"{named}: the weights do not load: {one_line(error)}") from error
 
 
-def _naming_flags(error: UserError, args: argparse.Namespace) -> UserError:
-    """The error with flags in the place of the model's arguments that they gave."""
-    text = str(error)
+def _given_by(name: str, args: argparse.Namespace) -> str:
+    """The flag that gave an argument of the model."""
+    if name in ("img_size", "in_chans") and args.input_size and not getattr(args, name):
+        return "--input-size"
+    return _GIVEN_BY.get(name, name)
+
+
+def _naming_flags(error: UserError, args: argparse.Namespace, what: str) -> UserError:
+    """The error about ``what`` with flags in the place of the model's arguments that they gave."""
+    cause = str(error).removeprefix(what)
     for name in _GIVEN_BY.keys() - args.model_kwargs.keys():
-        text = re.sub(rf"\b{name}\b", _GIVEN_BY[name], text)
-    return type(error)(text)
+        cause = re.sub(rf"\b{name}\b", _given_by(name, args), cause)
+    return type(error)(f"{what}{cause}")
 
 
 def _suitable(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
@@ -245,11 +252,11 @@ def _suitable(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, An
     """
     what = f"--model {args.model}"
     if folder := find_folder(args.model, [CONFIG]):
-        check_config(folder, what)
+        check_config(folder, what)  # alone first, as what fails only below is the fault of the flags
         try:
             check_config(folder, what, options)
         except UserError as error:
-            raise _naming_flags(error, args) from error
+            raise _naming_flags(error, args, what) from error
         return options
     check_name(args.model, what)
     named = f"{what} --model-kwargs {args.model_kwargs}" if args.model_kwargs else what
@@ -261,10 +268,10 @@ def _suitable(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, An
             match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             name = match[1] if match else ""
             if name not in options or name in args.model_kwargs:
-                raise _naming_flags(error, args) from error
+                raise _naming_flags(error, args, named) from error
             if name != "img_size" and options[name]:
                 needs_vim = "--pseudo-mixup ss: SSMixup needs a Vim (vim_* or semivim_*)"
-                given_by = needs_vim if name == "ssmixup_c" else _GIVEN_BY.get(name, name)
+                given_by = needs_vim if name == "ssmixup_c" else _given_by(name, args)
                 raise UserError(f"{what} does not take {given_by}") from error
             options = {key: value for key, value in options.items() if key != name}
 

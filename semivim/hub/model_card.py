@@ -11,9 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from semivim.hub.arm_card import arm_card, check_pretraining, is_pretraining
 from semivim.hub.markdown import bullets, inert, plain, table
-from semivim.hub.model_folder import read_config, read_mapping
+from semivim.hub.model_folder import read_config
 from semivim.runs.run_folder import ARGS, CONFIG, CURVES, METRICS, PIXELS, SUMMARY, WEIGHTS
-from semivim.utils.files import load_yaml
+from semivim.utils.files import load_yaml, read_mapping
 from semivim.utils.user_error import UserError, did_you_mean_file, one_line, short
 
 RUN_FILES = (WEIGHTS, CONFIG, ARGS, METRICS, SUMMARY, CURVES)

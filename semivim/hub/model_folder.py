@@ -4,19 +4,18 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 
 from semivim.hub.hub_session import check_repo_id, fetch
 from semivim.runs.run_folder import CONFIG, PIXELS, WEIGHTS
-from semivim.utils.files import check_weights_file, weights_shapes
+from semivim.utils.files import check_weights_file, read_mapping, weights_shapes
 from semivim.utils.model_options import (
     MAX_CLASSES,
     NO_WEIGHTS_LIMIT,
@@ -97,20 +96,25 @@ def load_folder(folder: Path, where: str) -> nn.Module:
     return model
 
 
-def pixel_rules(model: nn.Module) -> PixelRules:
+def pixel_rules(model: nn.Module, what: str = "--model") -> PixelRules:
     """How the model's images became 8 bits in training, as :func:`load_folder` found it; the usual rules otherwise.
+
+    Args:
+        model: A model of timm.
+        what: What an error calls it.
 
     Raises:
         UserError: If alpha is kept and the model does not take it, the other way round, or the preprocessing is odd.
     """
     config: Any = model.pretrained_cfg
-    channels = resolve_preprocessing(model, "--model")["input_size"][0]
+    channels = resolve_preprocessing(model, what)["input_size"][0]
     usual = usual_rules(channels)
     if PIXELS not in config:
         return usual
     background, max_value = config[PIXELS]["alpha_background"], config[PIXELS]["max_value"]
     if (background is None) != (usual.alpha_background is None):
-        raise UserError(f"--model: {PIXELS}.alpha_background is {background}, but it takes {channels} channels")
+        does = "keeps" if background is None else "drops"
+        raise UserError(f"{what}: {CONFIG} {does} alpha, but the model takes {channels} channels")
     return PixelRules(background and tuple(background), max_value)
 
 
@@ -150,10 +154,30 @@ def check_config(folder: Path, where: str, options: Mapping[str, Any] | None = N
     model = check_options(
         f"{FOLDER}{folder}", options or {}, f"{what} does not suit {architecture}", limit, architecture
     )
-    layers, first = dict(model.named_modules()), pretrained_cfg.get("first_conv") or ()
-    for name in (first,) if isinstance(first, str) else first:
-        if f"{name}.weight" in shapes and name not in layers:
-            raise UserError(f"{what}: pretrained_cfg: first_conv is {short(first)}, no layer of {architecture}")
+    if shapes:
+        _check_loading(pretrained_cfg, shapes, model, f"{what}: pretrained_cfg")
+
+
+def _check_loading(
+    pretrained_cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module, what: str
+) -> None:
+    """Refuse names by which timm would look for what the model or its weights lack."""
+    first, classifier, offset = (pretrained_cfg.get(name) for name in ("first_conv", "classifier", "label_offset"))
+    layers = dict(model.named_modules())
+    for name in _names(first):
+        if f"{name}.weight" in shapes and not isinstance(getattr(layers.get(name), "weight", None), Tensor):
+            raise UserError(
+                f"{what}: first_conv is {short(first)}, wanted a layer of {type(model).__name__} with weights"
+            )
+    for name in _names(classifier) if (offset or 0) > 0 else ():  # whose first rows timm cuts off
+        for tensor in (f"{name}.weight", f"{name}.bias"):
+            if not shapes.get(tensor):
+                stated = f"label_offset is {offset} and classifier {short(classifier)}"
+                raise UserError(f"{what}: {stated}, but {WEIGHTS} has no rows of {short(tensor)}")
+
+
+def _names(value: str | Sequence[str] | None) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value or ()
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:
@@ -184,26 +208,6 @@ def _are_pixel_rules(value: Any) -> bool:
     colour, white = value["alpha_background"], value["max_value"]
     is_colour = isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
     return (colour is None or is_colour) and (white is None or (type(white) is int and 0 < white < 2**32))
-
-
-def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[str, Any]:
-    """Read a JSON or YAML file that holds a mapping.
-
-    Args:
-        path: The file.
-        parse: ``json.loads`` or ``load_yaml``.
-        where: Name of its folder in the error.
-
-    Raises:
-        UserError: If it cannot be read or parsed, or holds anything else.
-    """
-    try:
-        value = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{where}: {path.name}: {one_line(error)}{did_you_mean_file(path.parent)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {path.name}: wanted a mapping, got {type(value).__name__}")
-    return value
 
 
 def _type_names(wanted: type | tuple[type, ...]) -> str:

@@ -106,16 +106,16 @@ class DynamicMamba(BidirectionalMamba):
                     return self._chosen(x, weights)
         xz = self.in_proj(x)
         logits = self.block_head(class_token(xz, slot)).squeeze(1)
-        gates = gate_decisions(logits) if self.training else logits
+        decisions = gate_decisions(logits) if self.training else logits
         u, z = xz.chunk(2, dim=-1)
         u, u_b = self.convolve(masked(u, mask))
         # The mask again: SiLU of the convolution's bias is not 0.
         f, g = self.direction(masked(u, mask), False), self.direction(masked(u_b, mask), True)
         # A scan and its skip are linear in u, so a gate on u is a gate on the direction's output.
-        on = (gates if self.training else gates > 0).to(u.dtype).unsqueeze(1)
+        on = (decisions if self.training else decisions > 0).to(u.dtype).unsqueeze(1)
         f = Direction(f.u * on[..., :1], f.delta, f.bc, f.A, f.D, f.delta_bias, False)
         g = Direction(g.u * on[..., 1:], g.delta, g.bc, g.A, g.D, g.delta_bias, True)
-        return self.out_proj(scan([f, g], z, None, 0.5)), gates
+        return self.out_proj(scan([f, g], z, None, 0.5)), decisions
 
     @torch.jit.ignore
     def _chosen(self, x: Tensor, weights: list[DirectionWeights]) -> tuple[Tensor, Tensor]:
@@ -129,6 +129,7 @@ class DynamicMamba(BidirectionalMamba):
         if chosen.count(chosen[0]) == len(chosen):  # all alike: nothing is sorted
             xz = self.in_proj(x) if xz is None else xz
             return self.out_proj(_mix(xz, weights, chosen[0])), logits
+        # One group for each choice, not one for each direction: the scan of a pair shares the loads of z and its gate.
         groups = {kind: [i for i, choice in enumerate(chosen) if choice == list(kind)] for kind in _KINDS}
         index = torch.tensor(sum(groups.values(), []), device=x.device)
         parts = self.in_proj(x.index_select(0, index)).split([len(rows) for rows in groups.values()])

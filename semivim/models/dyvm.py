@@ -56,8 +56,8 @@ class DynamicBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor | None = None, slot: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, gates = self.mixer(self.norm(x), mask, slot)
-        return x + self.drop_path(y), gates
+        y, decisions = self.mixer(self.norm(x), mask, slot)
+        return x + self.drop_path(y), decisions
 
 
 class DyVM(Vim):
@@ -88,7 +88,7 @@ class DyVM(Vim):
         **kwargs: Any,
     ) -> None:
         super().__init__(block_fn=DynamicBlock, device=device, dtype=dtype, **kwargs)
-        # A Sequential hands one value on; these blocks also take a mask, and give their gates.
+        # A Sequential hands one value on; these blocks also take a mask, and give what decides on directions.
         self.blocks = nn.ModuleList(self.blocks)  # type: ignore[assignment]
         locations = list(pruning_loc)
         if locations != sorted(set(locations)) or not all(0 < i < len(self.blocks) for i in locations):
@@ -170,7 +170,7 @@ class DyVM(Vim):
         tokens = RoutedTokens(x)
         taken: list[RoutedTokens] = []
         kept: list[Tensor] = []
-        gates: list[Tensor] = []
+        decisions: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i <= last:
                 for s, router in enumerate(self.score_predictors):
@@ -179,14 +179,14 @@ class DyVM(Vim):
                         if decides:
                             kept.append(kept_patches(tokens))
                 if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x, gate = checkpoint(block, tokens.x, tokens.mask, tokens.slot)
+                    x, decision = checkpoint(block, tokens.x, tokens.mask, tokens.slot)
                 else:
-                    x, gate = block(tokens.x, tokens.mask, tokens.slot)
+                    x, decision = block(tokens.x, tokens.mask, tokens.slot)
                 tokens = RoutedTokens(x, tokens.place, tokens.left, tokens.mask, tokens.slot)
-                gates.append(gate)
+                decisions.append(decision)
                 if i in take:
                     taken.append(tokens)
-        return tokens, taken, kept, gates
+        return tokens, taken, kept, decisions
 
     def _take(self, x: Tensor, take: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
         tokens, taken, _, _ = self._route(x, take, last)
@@ -218,10 +218,10 @@ class DyVM(Vim):
 
     @torch.jit.ignore
     def _decide(self, x: Tensor) -> Routed:
-        routed, _, kept, gates = self._route(self._embed(x), [], len(self.blocks) - 1, True)
+        routed, _, kept, decisions = self._route(self._embed(x), [], len(self.blocks) - 1, True)
         tokens = self.norm(restore_grid(routed))
         masks = torch.stack(kept) if kept else tokens.new_zeros(0, len(x), tokens.shape[1] - 1)
-        on = torch.stack(gates)
+        on = torch.stack(decisions)
         if not self.training:  # logits
             on = (on > 0).to(on.dtype)
         return Routed(self.forward_head(tokens), tokens, masks, on)

@@ -90,8 +90,9 @@ def _in_groups(
     if together >= xz.shape[0]:
         return _forward(xz, mix, scale, weights, reverse)[0]
     out = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
-    mixes = [None] * len(out) if mix is None else mix.split(together)
-    for part, of, part_mix in zip(xz.split(together), out.split(together), mixes, strict=False):
+    parts = xz.split(together)
+    mixes = [None] * len(parts) if mix is None else mix.split(together)
+    for part, of, part_mix in zip(parts, out.split(together), mixes, strict=True):
         of.copy_(_forward(part, part_mix, scale, weights, reverse)[0])
     return out
 

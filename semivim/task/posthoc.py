@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from semivim.loss.class_prior import LEAST_SHARE
 from semivim.runs.checkpoint import ADJUSTMENT
 from semivim.runs.run_folder import CONFIG, LAST
-from semivim.utils.files import load_untrusted
+from semivim.utils.files import load_untrusted, read_mapping
 from semivim.utils.process_group import in_process_group
-from semivim.utils.user_error import UserError
+from semivim.utils.user_error import UserError, short
 
 _logger = logging.getLogger(__name__)
 
@@ -165,9 +165,18 @@ def _holds_head(checkpoint: str, model: nn.Module) -> bool:
 
 
 def read_adjustment(checkpoint: Path) -> Mapping[str, Any] | None:
-    """What was removed from the head of a checkpoint's model, None for nothing known."""
+    """What was removed from the head of a checkpoint's model, None for nothing known.
+
+    Raises:
+        UserError: If the config.json beside it is damaged.
+    """
     if checkpoint.suffix == ".safetensors":
-        config = checkpoint.with_name(CONFIG)
-        return json.loads(config.read_text(encoding="utf-8")).get(ADJUSTMENT) if config.is_file() else None
+        config, where = checkpoint.with_name(CONFIG), f"--initial-checkpoint {checkpoint}"
+        if not config.is_file():
+            return None
+        done = read_mapping(config, json.loads, where).get(ADJUSTMENT)
+        if not (done is None or isinstance(done, dict)):
+            raise UserError(f"{where}: {CONFIG}: {ADJUSTMENT} is {short(done)}, wanted a mapping")
+        return done
     tau = getattr(load_untrusted(checkpoint).get("args"), "logit_adjust_tau", 0.0)
     return {"by": "loss", "tau": tau} if tau else None

@@ -7,7 +7,7 @@ import struct
 import warnings
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -72,6 +72,26 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any], where: str) -> dict[str, Any]:
+    """Read a JSON or YAML file that holds a mapping.
+
+    Args:
+        path: The file.
+        parse: ``json.loads`` or ``load_yaml``.
+        where: Name of its folder in the error.
+
+    Raises:
+        UserError: If it cannot be read or parsed, or holds anything else.
+    """
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{where}: {path.name}: {one_line(error)}{did_you_mean_file(path.parent)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {path.name}: wanted a mapping, got {type(value).__name__}")
+    return value
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -61,10 +61,16 @@ def check_preprocessing(config: Mapping[str, Any], what: str) -> None:
     Raises:
         UserError: Naming the field, its value and what is wanted.
     """
+    size: Any = config.get("input_size")
+    # Statistics of colours may serve other channels too: grey takes their mean, and alpha comes with its own.
+    lengths = {1, 3, size[0] if _is_size(size) else 3}
     fields: dict[str, tuple[Callable[[Any], bool], str]] = {
         "input_size": (_is_size, f"channels, height and width, at most {MAX_SIDE_PX} pixels"),
-        "mean": (_are_shares, "numbers in [0, 1], one for each channel"),
-        "std": (lambda value: _are_shares(value) and 0 not in value, "numbers in (0, 1], one for each channel"),
+        "mean": (lambda v: _are_shares(v, lengths), "numbers in [0, 1], one for each channel"),
+        "std": (
+            lambda value: _are_shares(value, lengths) and 0 not in value,
+            "numbers in (0, 1], one for each channel",
+        ),
         "interpolation": (_is_interpolation, "a name such as bicubic"),
         "crop_pct": (lambda value: _is_number(value) and 0 < value <= 2, "a number in (0, 2]"),
         "crop_mode": (lambda value: value in _CROP_MODES, f"one of {', '.join(_CROP_MODES)}"),
@@ -84,8 +90,8 @@ def _is_size(value: Any) -> bool:
     return all(type(part) is int and 1 <= part <= MAX_SIDE_PX for part in value)
 
 
-def _are_shares(value: Any) -> bool:
-    if not (isinstance(value, list | tuple) and value):
+def _are_shares(value: Any, lengths: set[int]) -> bool:
+    if not (isinstance(value, list | tuple) and len(value) in lengths):
         return False
     return all(_is_number(part) and 0 <= part <= 1 for part in value)
 

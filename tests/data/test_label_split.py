@@ -15,6 +15,7 @@ from semivim.data.label_split import (
     make_split,
     save_split,
 )
+from semivim.utils.user_error import UserError
 
 
 def balanced(per_class=100, num_classes=5):
@@ -186,10 +187,10 @@ def test_long_tailed_split_takes_labelled_first_and_may_reverse_the_rest():
             {"per_class": 4, "min_per_class": 2},
             "--min-per-class is 2, which only --label-fraction reads; with --labels-per-class it is",
         ),
-        ({"fraction": 0.1, "imb_m1": 5}, "imb_m1 is 5, but read only with imb_n1"),
-        ({"fraction": 0.1, "imb_factor_l": 5.0}, "imb_factor_l is 5.0, but read only with imb_n1"),
-        ({"per_class": 4, "imb_factor_u": -5.0}, "imb_factor_u is -5.0, but read only with imb_n1"),
-        ({"imb_n1": 10, "imb_factor_u": 5.0}, "imb_factor_u is 5.0, but read only with imb_m1"),
+        ({"fraction": 0.1, "imb_m1": 5}, "--imb-m1 is read only with --imb-n1, got 5"),
+        ({"fraction": 0.1, "imb_factor_l": 5.0}, "--imb-factor-l is read only with --imb-n1, got 5.0"),
+        ({"per_class": 4, "imb_factor_u": -5.0}, "--imb-factor-u is read only with --imb-n1, got -5.0"),
+        ({"imb_n1": 10, "imb_factor_u": 5.0}, "--imb-factor-u is read only with --imb-m1, got 5.0"),
         ({"imb_n1": 0}, "--imb-n1 must be at least 1, got 0"),
         ({"imb_n1": 10, "imb_factor_l": 0.5}, "--imb-factor-l must be at least 1"),
         ({"imb_n1": 10, "imb_factor_l": 100}, "have no labelled image: 3, 4"),
@@ -199,7 +200,7 @@ def test_long_tailed_split_takes_labelled_first_and_may_reverse_the_rest():
     ],
 )
 def test_arguments_that_cannot_be(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make_split(balanced(), 5, **arguments)
 
 

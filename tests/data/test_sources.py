@@ -191,13 +191,12 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
         ("TFDS/cifar10", "is a stream"),
         ("embedded/letters", "wanted 'embedded/digits'"),
         ("embedded/digits", "--data-dir '.*' is not read with dataset 'embedded/digits'"),
-        (
-            "trch/cifar10",
-            "'trch/cifar10' is not known; wanted '' .*, 'torch/<name>', 'hfds/<name>', 'wds/<name>'.*; did you mean ",
-        ),
+        ("trch/cifar10", "is not known; wanted '' .*, 'torch/<name>', 'hfds/<name>', 'wds/<name>'.*; did you mean "),
         ("cifar10", "'cifar10' is not known"),
         ("/cifar10", "'/cifar10' is not known"),
         ("Torch/fashionmnist", "Unknown torchvision dataset fashionmnist; did you mean torch/fashion_mnist"),
+        ("torch/imagefolder", "did you mean torch/image_folder"),
+        ("trch/folder", "did you mean torch/folder"),
         ("torch/cifar10", "dataset 'torch/cifar10' in --data-dir .*not found or corrupted"),
     ],
 )

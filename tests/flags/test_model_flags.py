@@ -207,6 +207,37 @@ def test_a_foreign_config_is_held_against_its_weights(tmp_path):
             create(f"--model local-dir:{tmp_path} {words}")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--input-size 3 30 30", "--input-size"),
+        ("--img-size 30", "--img-size"),
+        ("--model-kwargs img_size=30", "img_size"),
+    ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_error_names_the_flag_that_gave_a_size_and_leaves_the_models_name(
+    folder, words, said, tmp_path, monkeypatch
+):
+    init = vim.Vim.__init__
+
+    def picky(self, *args, img_size=32, **options):
+        if np.ravel(img_size)[0] == 30:
+            raise ValueError("img_size is 30, wanted a multiple of 16")
+        init(self, *args, img_size=img_size, **options)
+
+    monkeypatch.setattr(vim.Vim, "__init__", picky)
+    model = "test_vim"
+    if folder:
+        (tmp_path / "num_classes").mkdir()
+        save_model(create(""), tmp_path / "num_classes")
+        model = f"local-dir:{tmp_path}/num_classes"
+    with pytest.raises(UserError) as error:
+        create(f"--model {model} {words}")
+    assert str(error.value).startswith(f"--model {model}")
+    assert str(error.value).endswith(f": {said} is 30, wanted a multiple of 16")
+
+
 def test_sizes_in_a_flag_file_are_bounded(tmp_path, capsys):
     for key, value in (
         ("img_size", 100_000),

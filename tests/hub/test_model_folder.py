@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
-from semivim.hub.model_folder import load_folder, read_config, read_mapping
+from semivim.hub.model_folder import load_folder, read_config
 from semivim.models.vim import Vim
 from semivim.utils.user_error import UserError
 from tests.run_folder import write_run
@@ -111,24 +110,25 @@ def test_a_first_layer_that_only_the_weights_have_is_named(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_folder(tmp_path, "model").num_classes == 1000  # as timm takes it
     save_file({**load_file(weights), "ghost.weight": torch.ones(1)}, weights)
-    with pytest.raises(UserError, match="first_conv is 'ghost', no layer of test_vit"):
+    with pytest.raises(UserError, match="first_conv is 'ghost', wanted a layer of VisionTransformer with weights"):
         load_folder(tmp_path, "model")
 
 
 @pytest.mark.parametrize(
-    ("text", "cause"),
-    [("a: [", "run: args.yaml: while parsing"), ("3", "run: args.yaml: wanted a mapping, got int"), (None, "No such")],
+    ("cfg", "tensor", "cause"),
+    [
+        ({"label_offset": 1, "classifier": "foo"}, "x", "label_offset is 1 .*'foo', but .* no rows of 'foo.weight'"),
+        ({"label_offset": 1, "classifier": ["head", "foo"]}, "foo.weight", ".*no rows of 'foo.bias'"),
+        ({"first_conv": "head_drop"}, "head_drop.weight", "first_conv is 'head_drop', wanted a layer of Vim with weig"),
+    ],
 )
-def test_a_mapping_in_yaml(tmp_path: Path, text: str | None, cause: str) -> None:
-    path = tmp_path / "args.yaml"
-    path.write_text("lr: 0.5")
-    assert read_mapping(path, yaml.safe_load, "run") == {"lr": 0.5}
-    path.unlink()
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ValueError, match=cause) as caught:
-        read_mapping(path, yaml.safe_load, "run")
-    assert "\n" not in str(caught.value)
+def test_names_that_timm_would_look_for_in_vain(folder: Path, cfg: dict, tensor: str, cause: str) -> None:
+    config, weights = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    config["pretrained_cfg"] |= cfg
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({**load_file(weights), tensor: torch.ones(3)}, weights)
+    with pytest.raises(UserError, match=f"^model: config.json: pretrained_cfg: {cause}"):
+        load_folder(folder, "model")
 
 
 @pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])

@@ -48,14 +48,14 @@ def test_images_get_the_directions_that_they_chose(mixer, backend, branches, mon
     choose(mixer, monkeypatch, [CHOICES[i] for i in (2, 0, 3, 1, 0, 2)])
     x = torch.randn(6, 9, 32)
     with torch.no_grad():
-        y, gates = mixer(x)
+        y, decisions = mixer(x)
         both = BidirectionalMamba(32).eval()
         both.load_state_dict(one_way(mixer, False).state_dict() | dict(mixer.state_dict().items()), strict=False)
         assert_close("both", y[[1, 4]], both(x)[[1, 4]])
         assert_close("forward", y[3], one_way(mixer, False)(x)[3])
         assert_close("backward", y[[0, 5]], one_way(mixer, True)(x)[[0, 5]])
     assert not y[2].any()
-    assert (gates > 0).tolist() == [[0, 1], [1, 1], [0, 0], [1, 0], [1, 1], [0, 1]]
+    assert (decisions > 0).tolist() == [[0, 1], [1, 1], [0, 0], [1, 0], [1, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
@@ -64,10 +64,10 @@ def test_a_batch_of_one_mind(mixer, batch, choice, monkeypatch):
     choose(mixer, monkeypatch, [choice] * batch)
     x = torch.randn(batch, 9, 32)
     with torch.no_grad():
-        y, gates = mixer(x)
+        y, decisions = mixer(x)
         monkeypatch.setattr(dynamic_mamba, "_may_branch", lambda x: False)
         assert_close("output", y, mixer(x)[0])
-    assert (gates > 0).tolist() == [choice] * batch
+    assert (decisions > 0).tolist() == [choice] * batch
 
 
 def test_what_no_image_chose_is_not_computed(mixer, monkeypatch):

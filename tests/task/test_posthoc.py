@@ -100,6 +100,25 @@ def test_second_adjustment_after_training_is_refused_and_a_plain_model_is_not_ma
     assert read_adjustment(tmp_path / "model.safetensors") is None
 
 
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("", "Expecting value"),
+        ("[]", "wanted a mapping, got list"),
+        ('{"logit_adjustment": "x"}', "logit_adjustment is 'x', wanted a mapping"),
+    ],
+)
+def test_a_damaged_config_beside_a_checkpoint_is_named(text, cause, tmp_path):
+    checkpoint = tmp_path / "model.safetensors"
+    save_model(make(), tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    said = rf"^--initial-checkpoint \S+safetensors: config\.json: {cause}"
+    with pytest.raises(UserError, match=said):
+        refuse_second_removal(str(checkpoint), "labeled")
+    with pytest.raises(UserError, match=said):
+        start_adjusted(make(), str(checkpoint), PRIOR, 0.5)
+
+
 def test_adjusted_training_starts_from_a_plain_head_once(tmp_path):
     plain, source = make().eval(), make().eval()
     x = images(seed=1)[0]

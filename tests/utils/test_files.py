@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from semivim.utils.files import atomic_path, load_untrusted, load_yaml, weights_shapes, write_text
+from semivim.utils.files import atomic_path, load_untrusted, load_yaml, read_mapping, weights_shapes, write_text
 
 
 def test_write_replaces_the_whole_file_or_nothing(tmp_path):
@@ -61,6 +61,22 @@ def test_missing_files_and_folders_are_named_and_a_namespace_is_read(tmp_path):
         load_untrusted(tmp_path)
     torch.save({"args": Namespace(lr=0.1)}, tmp_path / "f.pth")
     assert load_untrusted(str(tmp_path / "f.pth"))["args"].lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("a: [", "run: args.yaml: while parsing"), ("3", "run: args.yaml: wanted a mapping, got int"), (None, "No such")],
+)
+def test_a_mapping_in_yaml(text, cause, tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text("lr: 0.5")
+    assert read_mapping(path, yaml.safe_load, "run") == {"lr": 0.5}
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=cause) as caught:
+        read_mapping(path, yaml.safe_load, "run")
+    assert "\n" not in str(caught.value)
 
 
 def test_yaml_that_stands_for_billions_is_refused():

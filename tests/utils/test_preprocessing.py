@@ -45,6 +45,8 @@ def test_alpha_gets_a_mean_and_a_deviation_beside_those_of_the_colours():
         ("mean", []),
         ("mean", ["a"]),
         ("mean", 7),
+        ("mean", [0.5, 0.5]),
+        ("std", [0.5] * 4),
         ("mean", [float("nan")] * 3),
         ("std", [0.0, 0.1, 0.1]),
         ("std", [-0.1] * 3),
