@@ -117,11 +117,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--teacher-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--output", type=Path, default=Path("output/dyvm_tokens"))
+    parser.add_argument("--output", type=Path, default=Path("output/dyvm_tokens"), help="folder of the teachers")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "dyvm_tokens.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "results.csv"
+    path = args.csv
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     runs = [("vim", 1.0), *((method, ratio) for ratio in RATIOS for method in ("dyvm", "static"))]
     for seed in range(args.seeds):

@@ -109,17 +109,18 @@ CLIPART = Condition("openclipart, a fifth of each class labelled", "openclipart"
 BLOCKS: dict[str, tuple[Condition, str, list[str]]] = {
     "20-50": (long_tail(20, 50, False), "vim", MAIN),
     "20-200": (long_tail(20, 200, False), "vim", MAIN),
-    "20-50-reversed": (long_tail(20, 50, True), "vim", MAIN),
-    "20-200-reversed": (long_tail(20, 200, True), "vim", MAIN),
-    "100-200": (long_tail(100, 200, False), "vim", MAIN),
-    "100-100": (long_tail(100, 100, False), "vim", MAIN),  # with 50 the rarest classes would have no label
-    "openclipart": (CLIPART, "vim", SHORT[:3]),
+    "openclipart": (CLIPART, "vim", [*SHORT, "EMA + FreeMatch"]),
     "20-50-rest": (long_tail(20, 50, False), "vim", REST),
     "20-50-vit": (long_tail(20, 50, False), "vit", SHORT),
     "20-50-resnet": (long_tail(20, 50, False), "resnet", SHORT),
+    "20-50-reversed": (long_tail(20, 50, True), "vim", SHORT),
+    "100-200": (long_tail(100, 200, False), "vim", SHORT),
+    # Not run so far.
+    "20-200-reversed": (long_tail(20, 200, True), "vim", SHORT),
+    "100-100": (long_tail(100, 100, False), "vim", SHORT),  # with 50 the rarest classes would have no label
     "20-200-rest": (long_tail(20, 200, False), "vim", REST),
-    "100-200-reversed": (long_tail(100, 200, True), "vim", MAIN),
-    "100-100-reversed": (long_tail(100, 100, True), "vim", MAIN),
+    "100-200-reversed": (long_tail(100, 200, True), "vim", SHORT),
+    "100-100-reversed": (long_tail(100, 100, True), "vim", SHORT),
     "20-50-reversed-rest": (long_tail(20, 50, True), "vim", REST),
     "100-200-rest": (long_tail(100, 200, False), "vim", REST),
     "20-200-pico": (long_tail(20, 200, False), "pico", SHORT),
