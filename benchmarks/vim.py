@@ -1,6 +1,6 @@
 """Whole Vim models on one CPU thread, as ratios measured in one run.
 
-Usage: OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/vim.py [--repeats 5] [--large]
+Usage: OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/vim.py [--repeats 5] [--large] [--no-loop]
 
 - vim_tiny_patch16_224, batch 8: forward and training step against timm's vit_tiny_patch16_224 grown to the same depth,
   and against the same model with other scans: mamba.py's `pscan` (package mambapy), the token loop of mamba-ssm's plain
@@ -89,7 +89,7 @@ def within(context: Callable, run: Callable[[], object]) -> Callable[[], None]:
     return runs
 
 
-def compare_224(repeats: int) -> None:
+def compare_224(repeats: int, loops: bool) -> None:
     x = torch.randn(BATCH, 3, SIZE, SIZE)
     vim = timm.create_model("vim_tiny_patch16_224").eval()
     vit = timm.create_model("vit_tiny_patch16_224", depth=24).eval()
@@ -98,6 +98,7 @@ def compare_224(repeats: int) -> None:
         "our own token loop": partial(semivim.use_backend, "reference"),
         "mamba-ssm's plain token loop": partial(scan_by, token_loop),
     }
+    scans = scans if loops else {}
     for name, context in scans.items():
         with torch.no_grad(), context():
             other = vim(x)
@@ -178,9 +179,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (%(default)s)")
     parser.add_argument("--large", action="store_true", help="compare at 1248 x 1248 as well")
+    parser.add_argument("--no-loop", action="store_true", help="leave out the other scans, which take minutes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    compare_224(args.repeats)
+    compare_224(args.repeats, not args.no_loop)
     compare_mixing(args.repeats)
     if args.large:
         compare_large(max(1, args.repeats // 2))
