@@ -183,5 +183,15 @@ class PseudoLabelRule:
         self.state = {name: torch.where(value.isfinite().all(), value, state[name]) for name, value in new.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore ``state`` of a rule with the same options."""
+        """Restore ``state``.
+
+        Raises:
+            ValueError: If it is another rule's.
+        """
+        if state.keys() != self.state.keys():
+            held, wanted = (", ".join(names) or "nothing" for names in (state, self.state))
+            raise ValueError(
+                f"running means of pseudo-labels: got {held}, wanted {wanted}; "
+                "--debias-pseudo, --pseudo-prior or --threshold-mode differ"
+            )
         self.state = {name: state[name].to(value.device) for name, value in self.state.items()}

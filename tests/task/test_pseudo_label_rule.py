@@ -148,13 +148,15 @@ def test_batches_of_one_step_move_the_means_as_the_whole_batch_does(options):
 
 
 @pytest.mark.parametrize("options", ALL)
-def test_state_comes_back(options):
+def test_state_comes_back_and_that_of_another_rule_is_refused(options):
     rule = moved(PseudoLabelRule(K, COUNTS, momentum=0.9, **options))
     other = PseudoLabelRule(K, COUNTS, momentum=0.9, **options)
     other.load_state(rule.state)
     for each in (rule, other):
         moved(each)
     assert all(torch.equal(rule.state[name], other.state[name]) for name in rule.state)
+    with pytest.raises(ValueError, match="got nothing, wanted .*--debias-pseudo"):
+        other.load_state({})
 
 
 @pytest.mark.parametrize("options", ALL)

@@ -322,6 +322,8 @@ def test_running_means_are_part_of_the_tasks_state(options):
     first.commit(first(*batch()))
     second.load_task_state(first.get_task_state())
     assert all(torch.equal(first.rule.state[name], second.rule.state[name]) for name in first.rule.state)
+    with pytest.raises(ValueError, match="running means of pseudo-labels: got nothing"):
+        second.load_task_state(make("ema-teacher").get_task_state())
 
 
 def test_soft_labels_that_are_one_hot_train_as_hard_ones():
