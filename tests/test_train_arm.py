@@ -371,7 +371,8 @@ def test_bfloat16_runs(tmp_path):
 
 
 RANKS = """
-import json, pathlib, sys, torch, torch.distributed as dist, train_arm
+import json, pathlib, sys, torch.distributed as dist, train_arm
+from tests.ranks import assert_same_on_all_ranks
 
 step, seen, losses = train_arm.optimizer_step, [], []
 
@@ -379,10 +380,7 @@ def checked_step(task, batches, *args, **options):
     seen.append(batches[0][0].views[0].sum().item())
     result = step(task, batches, *args, **options)
     losses.append(result.figures["loss"].item())
-    mine = torch.cat([p.detach().flatten() for p in task.model.parameters()])
-    first = mine.clone()
-    dist.broadcast(first, 0)
-    assert torch.equal(mine, first), f"weights of rank {dist.get_rank()} differ"
+    assert_same_on_all_ranks(task.model)
     return result
 
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None

@@ -76,6 +76,7 @@ RANKS = """
 import sys, torch, torch.distributed as dist
 from timm.utils import unwrap_model
 from benchmarks import train_dyvm
+from tests.ranks import assert_same_on_all_ranks
 
 step, seen = train_dyvm.optimizer_step, []
 
@@ -86,10 +87,7 @@ def checked_step(task, batches, *args, **options):
     seen.append(batches[0][0].views[0].sum().item())
     still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert not still, f"no gradient reaches {still}"
-    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
-    first = mine.clone()
-    dist.broadcast(first, 0)
-    assert torch.equal(mine, first), f"weights of rank {dist.get_rank()} differ"
+    assert_same_on_all_ranks(model)
     return result
 
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None

@@ -408,6 +408,7 @@ RANKS = """
 import sys, torch, torch.distributed as dist, train_ssl
 from semivim.data import ImageSource, UnreadableImageError
 from semivim.task.semi_supervised import SemiSupervisedTask
+from tests.ranks import assert_same_on_all_ranks
 
 update, step = SemiSupervisedTask.update_ema, train_ssl.optimizer_step
 read, used, broken = ImageSource.image, [], []
@@ -432,11 +433,8 @@ def checked_step(task, batches, *args, **options):
 
 def checked_update(self, step=None):
     update(self, step)
-    for name, module in (("student", self.trainable_module), ("teacher", self.trainable_module_ema)):
-        mine = torch.cat([p.detach().flatten() for p in module.parameters()])
-        first = mine.clone()
-        dist.broadcast(first, 0)
-        assert torch.equal(mine, first), f"{name} of rank {dist.get_rank()} differs at step {step}"
+    assert_same_on_all_ranks(self.trainable_module)
+    assert_same_on_all_ranks(self.trainable_module_ema)
 
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # below, after the last question
 ImageSource.image = image
