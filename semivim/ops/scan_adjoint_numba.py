@@ -30,16 +30,18 @@ from .vector_numba import (
     accumulate,
     compiled,
     exp2,
+    finish_streaming,
     load,
     load_lanes,
     prefetch,
     sigmoid,
-    softplus,
+    softplus_and_slope,
     splat,
     splat_at,
     store,
     store_lanes,
     store_sums,
+    stream_lanes,
 )
 
 LN_2 = 0.6931471805599453
@@ -164,8 +166,7 @@ def _prepare_backward(kind, call, operands, place, scratch):
         prefetch(grad + next_grad)
         x, slope = load_lanes(kind, delta, lanes) + bias, splat(1.0)
         if apply_softplus:
-            slope = sigmoid(x)
-            x = softplus(x)
+            x, slope = softplus_and_slope(x)
         store(place.slope + k, slope)
         store(place.dt + k, x)
         store(place.input + k, x * load_lanes(kind, u, lanes))
@@ -237,9 +238,9 @@ def _finish_backward(kind, call, operands, place, scratch):
     dD, dbias, ln_2 = load(call.dD + sums), load(call.dbias + sums), splat(LN_2)
     for k in range(scratch, scratch + place.count * WIDTH, WIDTH):
         x, gated, dinput = load_lanes(kind, u, lanes), load(place.gated + k), load(place.dinput + k)
-        store_lanes(kind, du, lanes, dinput * load(place.dt + k) + skip * gated)
+        stream_lanes(kind, du, lanes, dinput * load(place.dt + k) + skip * gated)
         change = (load(place.ddt + k) * ln_2 + dinput * x) * load(place.slope + k)
-        store_lanes(kind, ddelta, lanes, change)
+        stream_lanes(kind, ddelta, lanes, change)
         dD = dD + gated * x
         dbias = dbias + change
         accumulate(place.y + k, skip * x)
@@ -317,6 +318,7 @@ def backward(kind, calls, directions, places, begin, end):
                 load_weights(kind, call, operands, place)
                 for block in range(place.blocks):
                     _backward_block(kind, call, operands, place, block)
+    finish_streaming()
     restore_float_mode(mode)
 
 

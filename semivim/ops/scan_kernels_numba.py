@@ -19,6 +19,7 @@ from .vector_numba import (
     WIDTH,
     compiled,
     exp2,
+    finish_streaming,
     load,
     load_float,
     load_lanes,
@@ -31,6 +32,7 @@ from .vector_numba import (
     store,
     store_float,
     store_lanes,
+    stream_lanes,
 )
 
 CHUNK = 32  # tokens between two stored states; what the backward keeps of a chunk fits in the first cache
@@ -216,7 +218,7 @@ def _store_states(call, place, h):
     """Keep the states after a chunk."""
     at = stored_states(call, place, place.chunk)
     for s in range(call.n):
-        store_lanes(FLOAT32, at + s * call.channels * 4, place.lanes, load(h + s * WIDTH))
+        stream_lanes(FLOAT32, at + s * call.channels * 4, place.lanes, load(h + s * WIDTH))
 
 
 @compiled
@@ -343,4 +345,5 @@ def forward(kind, calls, directions, places, begin, end):
                 for vector in range(place.vectors):
                     enter_vector(call, place, vector)
                     _forward_vector(kind, call, operands, place)
+    finish_streaming()
     restore_float_mode(mode)

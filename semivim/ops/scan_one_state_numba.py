@@ -32,6 +32,7 @@ from .vector_numba import (
     compiled,
     even_lanes,
     exp2,
+    finish_streaming,
     load,
     load_lanes,
     sigmoid,
@@ -42,6 +43,7 @@ from .vector_numba import (
     store,
     store_lanes,
     store_sums,
+    stream_lanes,
 )
 
 _WEIGHTS = 3 * WIDTH  # bytes of a vector's A, bias and D in scratch
@@ -79,7 +81,7 @@ def _store_states(call, place, h):
     at = stored_states(call, place, place.chunk)
     for vector in range(place.vectors):
         lanes = call.channels - place.c - vector * LANES
-        store_lanes(FLOAT32, at + vector * WIDTH, lanes, load(h + vector * WIDTH))
+        stream_lanes(FLOAT32, at + vector * WIDTH, lanes, load(h + vector * WIDTH))
 
 
 @compiled
@@ -140,6 +142,7 @@ def forward(kind, calls, directions, places, begin, end):
                 load_weights(kind, call, operands, place)
                 _forward_chunk(kind, call, operands, place)
                 _store_states(call, place, place.h)
+    finish_streaming()
     restore_float_mode(mode)
 
 
@@ -219,8 +222,8 @@ def _adjoint_token(kind, call, operands, place, k, block, share):
         change = g * load(kept - row + 3 * WIDTH)
         accumulate(dA + wide, change * dt)
         change = (change * load(weights) * splat(LN_2) + dinput * x) * load(kept + WIDTH)
-        store_lanes(kind, operands.du + dense * size + at, lanes, dinput * dt + skip * gated)
-        store_lanes(kind, operands.ddelta + dense * size + at, lanes, change)
+        stream_lanes(kind, operands.du + dense * size + at, lanes, dinput * dt + skip * gated)
+        stream_lanes(kind, operands.ddelta + dense * size + at, lanes, change)
         accumulate(call.dD + of_channels + wide, gated * x)
         accumulate(call.dbias + of_channels + wide, change)
     of_block = (place.image * call.blocks + place.first_block + block) * call.directions + place.direction
@@ -249,6 +252,7 @@ def backward(kind, calls, directions, places, begin, end):
                 for k in range(place.count - 1, -1, -1):
                     for block in range(place.blocks):
                         _adjoint_token(kind, call, operands, place, k, block, share)
+    finish_streaming()
     restore_float_mode(mode)
 
 

@@ -268,6 +268,33 @@ def _store_part(_context, kind, address, count, value):
     return types.void(kind, types.int64, types.int64, vector), generate
 
 
+@intrinsic
+def _stream_row(_context, kind, address, value):
+    memory, _, size = _memory(kind)
+
+    def generate(context, builder, _sig, args):
+        row = _narrow(builder, args[2], memory)
+        if memory == _FLOATS:
+            row = builder.store(row, _pointer(builder, args[1], memory), align=WIDTH)
+            row.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT, 1)]))
+        else:
+            builder.store(row, _pointer(builder, args[1], memory), align=size)
+        return context.get_dummy_value()
+
+    return types.void(kind, types.int64, vector), generate
+
+
+@intrinsic
+def finish_streaming(_context):
+    """Wait until other threads see what `stream_lanes` wrote."""
+
+    def generate(context, builder, _sig, _args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 @compiled
 def load_lanes(kind, address, count):
     """Return up to sixteen values of a tensor's row as float32, zero beyond the count."""
@@ -283,6 +310,19 @@ def store_lanes(kind, address, count, value):
         _store_row(kind, address, value)
     else:
         _store_part(kind, address, count, value)
+
+
+@compiled
+def stream_lanes(kind, address, count, value):
+    """The same for a tensor that is not read again soon: float32 rows go past the caches.
+
+    A row of 64 bytes is a whole cache line, which so need not be read before it is overwritten. Half a line, as of
+    bfloat16, would be slower this way.
+    """
+    if count >= LANES and address % WIDTH == 0:
+        _stream_row(kind, address, value)
+    else:
+        store_lanes(kind, address, count, value)
 
 
 @intrinsic

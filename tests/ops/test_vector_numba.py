@@ -33,6 +33,14 @@ def widen(source, target, count):
 
 
 @v.compiled
+def stream(kind, size, source, target, count):
+    for i in range(0, count, v.LANES):
+        x = v.load_lanes(kind, source + i * size, count - i)
+        v.stream_lanes(kind, target + i * size, count - i, x)
+    v.finish_streaming()
+
+
+@v.compiled
 def sums(source, target):
     x = v.load(source)
     v.store_sums(target, x, v.load(source + v.WIDTH), v.load(source + 2 * v.WIDTH), v.load(source + 3 * v.WIDTH))
@@ -82,6 +90,17 @@ def test_a_part_of_a_row_leaves_its_neighbours(count):
         apply(kind, which, x.data_ptr(), y.data_ptr(), count)
         assert torch.equal(y[:count], x.to(dtype))
         assert (y[count:] == 7).all()
+
+
+@pytest.mark.parametrize("offset", (0, 1, 8))  # values after the start of a cache line
+@pytest.mark.parametrize("count", (5, 16, 37))
+def test_rows_past_the_caches_are_whole_and_leave_their_neighbours(count, offset):
+    for dtype, kind in ((torch.float32, v.FLOAT32), (torch.bfloat16, v.BFLOAT16)):
+        x, y = torch.randn(count).to(dtype), torch.full((offset + count + 40,), 7.0, dtype=dtype)
+        assert y.data_ptr() % v.WIDTH == 0
+        stream(kind, x.itemsize, x.data_ptr(), y[offset:].data_ptr(), count)
+        assert torch.equal(y[offset : offset + count], x)
+        assert (y[:offset] == 7).all() and (y[offset + count :] == 7).all()
 
 
 def test_bfloat16_rounds_as_torch_does():
