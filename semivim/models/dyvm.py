@@ -17,7 +17,7 @@ from timm.models import build_model_with_cfg, checkpoint, register_model
 from torch import Tensor, nn
 
 from semivim._timm import update_model_args
-from semivim.layers import DynamicMamba, RoutedTokens, TokenRouter, kept_patches, restore_grid
+from semivim.layers import DynamicMamba, RMSNorm, RoutedTokens, TokenRouter, kept_patches, restore_grid
 from semivim.models.vim import Vim
 from semivim.models.vim_weights import checkpoint_filter_fn, default_cfgs  # noqa: F401  timm reads it
 
@@ -51,7 +51,7 @@ class DynamicBlock(nn.Module):
         if ssmixup_c is not None:
             raise ValueError(f"ssmixup_c is {ssmixup_c!r}, wanted None: a DyVM mixes no hidden states")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.RMSNorm(dim, eps=1e-5, **dd)
+        self.norm = RMSNorm(dim, **dd)
         self.mixer = DynamicMamba(dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

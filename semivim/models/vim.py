@@ -31,6 +31,7 @@ from semivim._timm import feature_take_indices, update_model_input_size
 from semivim.layers import (
     BidirectionalMamba,
     OverlapPatchEmbed,
+    RMSNorm,
     insert_middle,
     remove_middle,
     resample_pos_embed,
@@ -59,7 +60,7 @@ class Block(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mixes = ssmixup_c is not None
-        self.norm = nn.RMSNorm(dim, eps=1e-5, **dd)
+        self.norm = RMSNorm(dim, **dd)
         self.mixer = BidirectionalMamba(dim, ssmixup_c=ssmixup_c or "own", **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -154,7 +155,7 @@ class Vim(nn.Module):
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
         ]
-        self.norm: nn.Module = nn.RMSNorm(embed_dim, eps=1e-5, **dd)
+        self.norm: nn.Module = RMSNorm(embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights(needs_reset=False)
@@ -168,7 +169,7 @@ class Vim(nn.Module):
             needs_reset: Whether the modules' own laws must be drawn again; not so in the constructor.
         """
         for module in self.modules():
-            if needs_reset and isinstance(module, nn.RMSNorm | BidirectionalMamba):
+            if needs_reset and isinstance(module, RMSNorm | BidirectionalMamba):
                 module.reset_parameters()
             if isinstance(module, BidirectionalMamba):
                 module.out_proj.weight.div_(math.sqrt(len(self.blocks)))

@@ -1,8 +1,8 @@
 """Which implementation runs an op: choice by device, by name, by block or by environment.
 
-A backend `name` of the op `scan` is the module `scan_<name>`, of the op `conv` the module `conv_<name>`; `scan.py` and
-`causal_conv.py` say which functions it holds. It may import its package at its top: modules are imported when they
-are first asked for.
+A backend `name` of the op `scan` is the module `scan_<name>`, of `conv` and `norm` likewise; `scan.py`,
+`causal_conv.py` and `rms_norm.py` say which functions it holds. It may import its package at its top: modules are
+imported when they are first asked for.
 """
 
 import contextlib
@@ -144,7 +144,7 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype = to
     """Return the name of the backend that is to run an op, whether or not it can.
 
     Args:
-        op: ``"scan"`` or ``"conv"``.
+        op: ``"scan"``, ``"conv"`` or ``"norm"``.
         backend: A name, or ``"auto"`` for `use_backend`'s, the environment's or the automatic choice.
         device: Where the tensors are.
         dtype: Of the main input.
@@ -154,7 +154,7 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype = to
     """
     wanted = _wanted(backend)
     asked_by_argument = backend != "auto"
-    if wanted == "auto" or (op == "conv" and not asked_by_argument and _unavailable(op, wanted, device, dtype)):
+    if wanted == "auto" or (op != "scan" and not asked_by_argument and _unavailable(op, wanted, device, dtype)):
         return _automatic(op, device, dtype)
     return wanted
 

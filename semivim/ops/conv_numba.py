@@ -13,10 +13,12 @@ from torch import Tensor
 from . import conv_kernels_numba as kernels
 from . import conv_reference
 from .eager import cast
-from .launch_numba import Fields, dense_float, records
+from .launch_numba import Fields, Layout, dense_float, records
 from .launch_numba import unavailable as unavailable
 from .threads import aligned_scratch, run_tasks
 from .vector_numba import BFLOAT16, FLOAT32, LANES
+
+_CALL = Layout(kernels.CALL)
 
 
 def _fields(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool], dtype: torch.dtype) -> Fields:
@@ -24,6 +26,7 @@ def _fields(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
     images, tokens, channels = x.shape
     taps = weights[0][0].shape[2]
     fields = Fields(
+        _CALL,
         images=images,
         tokens=tokens,
         channels=channels,
@@ -42,7 +45,7 @@ def _fields(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
 
 def _run(kernel: Callable[..., None], fields: Fields, scratch_bytes: int) -> np.ndarray:
     """Run a kernel's tasks, each thread with its own scratch; return the record."""
-    call, kind = records(kernels.CALL, fields), BFLOAT16 if fields["size"] == 2 else FLOAT32
+    call, kind = records(_CALL, fields), BFLOAT16 if fields["size"] == 2 else FLOAT32
 
     def run_range(begin: int, end: int) -> None:
         memory, address = aligned_scratch(scratch_bytes)
@@ -63,7 +66,7 @@ def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
         return conv_reference.forward(x, weights, reverse)
     dtype = _kernel_dtype(x)
     fields = _fields(x, weights, reverse, dtype)
-    outputs = [fields.point("u_b" if back else "u", torch.empty(x.shape, dtype=dtype)) for back in reverse]
+    outputs = [fields.point("u_b" if back else "u", torch.empty(*x.shape, dtype=dtype)) for back in reverse]
     _run(kernels.forward, fields, kernels.forward_scratch())
     return [cast(u, x.dtype) for u in outputs]
 
@@ -80,10 +83,10 @@ def backward(
     for grad, (weight, bias), back in zip(grads, weights, reverse, strict=True):
         end = "_b" if back else ""
         fields.describe("grad" + end, grad, dtype)
-        dweight = fields.point("dweight" + end, torch.empty(weight.shape, dtype=torch.float32))
-        dbias = fields.point("dbias" + end, torch.empty(bias.shape, dtype=torch.float32))
+        dweight = fields.point("dweight" + end, torch.empty(*weight.shape, dtype=torch.float32))
+        dbias = fields.point("dbias" + end, torch.empty(*bias.shape, dtype=torch.float32))
         gradients.append((dweight, dbias))
-    dx = fields.point("dx", torch.empty(x.shape, dtype=dtype))
+    dx = fields.point("dx", torch.empty(*x.shape, dtype=dtype))
     fields.point("sums", torch.empty(x.shape[0], 2, kernels.SUMS, fields["lanes"], dtype=torch.float32))
     call = _run(kernels.backward, fields, kernels.backward_scratch())
     kernels.sum_images(call)

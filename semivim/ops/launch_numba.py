@@ -1,4 +1,6 @@
-"""What the launchers of the scan and of the convolution on a CPU share."""
+"""What the launchers of the kernels on a CPU share."""
+
+import functools
 
 import numba
 import numpy as np
@@ -15,39 +17,68 @@ def unavailable(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
 
 
-def dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor over tokens in a dtype, its last dimension dense."""
-    x = cast(x, dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def dense_float(x: Tensor) -> Tensor:
     """Return a tensor as dense float32."""
     x = cast(x, torch.float32)
     return x if x.is_contiguous() else x.contiguous()
 
 
-class Fields(dict[str, int]):
-    """Values of a kernel's record by field, and the tensors whose addresses are among them."""
+@functools.cache
+def float_bits(x: float) -> int:
+    """Return the bits of a float as an integer, for a field of 64 bits that is a float."""
+    return int(np.float64(x).view(np.int64))
 
-    def __init__(self, **values: int) -> None:
-        super().__init__(values)
+
+class Layout:
+    """A record type of the kernels, and the place of each of its fields of 64 bits."""
+
+    def __init__(self, kind: np.dtype) -> None:
+        self.kind = kind
+        self.places = {name: place for place, name in enumerate(kind.names or ())}
+
+
+class Fields:
+    """A record's values in the order of its fields, 0 where none is given, and the tensors that they point to.
+
+    A list, filled by place: an array's fields set one by one, or a dictionary sorted at the end, take three times as
+    long, and the host's time for a small block is made of this.
+    """
+
+    def __init__(self, layout: Layout, **values: int) -> None:
+        self.places = layout.places
+        self.values = [0] * len(self.places)
         self.kept: list[Tensor] = []
+        for name, value in values.items():
+            self.values[self.places[name]] = value
+
+    def __getitem__(self, name: str) -> int:
+        return self.values[self.places[name]]
+
+    def __setitem__(self, name: str, value: int) -> None:
+        self.values[self.places[name]] = value
 
     def point(self, name: str, x: Tensor) -> Tensor:
         """Give a field the address of a tensor, which is kept alive and returned."""
         self.kept.append(x)
-        self[name] = x.data_ptr()
+        self.values[self.places[name]] = x.data_ptr()
         return x
 
     def describe(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
-        """Give the fields of a tensor over tokens its address and its strides in bytes, dense in a dtype."""
-        x = self.point(name, dense_rows(x, dtype))
-        image, token, _ = x.stride()
-        self[f"{name}_image"], self[f"{name}_token"] = image * x.itemsize, token * x.itemsize
+        """Give the fields of a tensor over tokens its address and its strides in bytes, rows dense in a dtype.
+
+        In the layout, the strides between images and between tokens follow the address.
+        """
+        x = cast(x, dtype)
+        image, token, channel = x.stride()
+        if channel != 1 and x.shape[2] != 1:
+            x = x.contiguous()
+            image, token, _ = x.stride()
+        self.kept.append(x)
+        place, size = self.places[name], x.itemsize
+        self.values[place : place + 3] = x.data_ptr(), image * size, token * size
 
 
-def records(kind: np.dtype, *fields: Fields) -> np.ndarray:
-    """Return records of 64-bit values, 0 where none is given; setting field by field takes three times as long."""
-    names = kind.names or ()
-    return np.array([[of.get(name, 0) for name in names] for of in fields], np.int64).view(kind)[:, 0]
+def records(layout: Layout, *fields: Fields) -> np.ndarray:
+    """Return records with the values of fields."""
+    values = np.array([of.values for of in fields], np.int64)
+    return np.ndarray(len(fields), layout.kind, values)  # `view` asks in Python whether it may

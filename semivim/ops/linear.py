@@ -94,6 +94,19 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def add_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Add ``x @ weight`` to a total, in place, and return it.
+
+    Args:
+        total: ``(t, i)``, contiguous.
+        x: ``(t, o)``; in another dtype than the total, the product is computed in that dtype.
+        weight: ``(o, i)``.
+    """
+    if total.dtype != x.dtype or _by_onednn(x, weight.t()):
+        return total.add_(linear(x, weight.t()))
+    return total.addmm_(x, weight)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x @ weight.T``, as `torch.nn.functional.linear` up to rounding.
 

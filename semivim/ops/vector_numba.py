@@ -349,6 +349,20 @@ def store_sums(_context, address, v0, v1, v2, v3):
 
 
 @intrinsic
+def sum_lanes(_context, x):
+    """Return the sum of the sixteen lanes as a float, in a fixed order."""
+
+    def generate(_context, builder, _sig, args):
+        (total,) = args
+        for distance in (8, 4, 2, 1):
+            other = ir.Constant(_INTS, [lane ^ distance for lane in range(LANES)])
+            total = builder.fadd(total, builder.shuffle_vector(total, total, other))
+        return builder.extract_element(total, ir.Constant(_INT, 0))
+
+    return types.float32(vector), generate
+
+
+@intrinsic
 def even_lanes(_context, x):
     """Return lanes 0, 2, ..., 14 of a vector in its lower half, and again in its upper half."""
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from semivim.ops import linear as module
-from semivim.ops.linear import least_work, linear, vendor
+from semivim.ops.linear import add_product, least_work, linear, vendor
 from tests.tolerance import assert_close
 
 SHAPES = [((8, 197, 192), 768), ((1, 700, 384), 44), ((3, 1, 12), 80), ((5, 7), 3), ((1, 1), 1), ((2, 3, 4, 70), 65)]
@@ -193,3 +193,14 @@ def test_vendor(monkeypatch, name):
     monkeypatch.setattr(Path, "exists", lambda _: False)
     monkeypatch.setattr(platform, "processor", lambda: f"Family 25 Model 33 Stepping 2, {name}")
     assert vendor() == name
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))  # of the product; the total is float32
+@pytest.mark.parametrize("least_work", (1, math.inf), ids=("onednn", "torch"))
+def test_a_product_is_added_to_a_total_in_place(monkeypatch, dtype, least_work):
+    monkeypatch.setattr(module, "_LEAST_WORK", least_work)
+    x, weight, total = torch.randn(50, 24).to(dtype), torch.randn(24, 70).to(dtype), torch.randn(50, 70)
+    expected = total + (x @ weight)
+    added = add_product(total, x, weight)
+    assert added.data_ptr() == total.data_ptr()
+    assert_close("total", added, expected)
