@@ -90,11 +90,12 @@ CLIPART_MODEL = "--model test_vim --img-size 64 --model-kwargs embed_dim=64 dept
 
 
 class Condition(NamedTuple):
-    """A data set with its labels: ``flags`` of the split."""
+    """A data set with its labels: ``flags`` of the split, and ``longer`` for both stages in place of theirs."""
 
     name: str
     dataset: str
     flags: str
+    longer: str = ""
 
 
 def long_tail(ratio: int, n1: int, reverse: bool) -> Condition:
@@ -104,12 +105,20 @@ def long_tail(ratio: int, n1: int, reverse: bool) -> Condition:
     return Condition(f"Fashion-MNIST {ratio}:1, {n1} labels of the largest class, {order}", "fashion", flags)
 
 
+LONGER = "--epochs 40 --warmup-epochs 4"  # 2,000 updates
+CLIPART_LONGER = Condition(
+    "openclipart, 2,000 updates in both stages, threshold 0.5",
+    "openclipart",
+    "--label-fraction 0.2",
+    f"{LONGER} --threshold 0.5",
+)
 CLIPART = Condition("openclipart, a fifth of each class labelled", "openclipart", "--label-fraction 0.2")
 # Name -> condition, model, methods; the most telling first.
 BLOCKS: dict[str, tuple[Condition, str, list[str]]] = {
     "20-50": (long_tail(20, 50, False), "vim", MAIN),
     "20-200": (long_tail(20, 200, False), "vim", MAIN),
     "openclipart": (CLIPART, "vim", [*SHORT, "EMA + FreeMatch"]),
+    "openclipart-longer": (CLIPART_LONGER, "vim", SHORT),
     "20-50-rest": (long_tail(20, 50, False), "vim", REST),
     "20-50-vit": (long_tail(20, 50, False), "vit", SHORT),
     "20-50-resnet": (long_tail(20, 50, False), "resnet", SHORT),
@@ -161,7 +170,7 @@ def load(dataset: str, folder: str) -> tuple[ImageSource, ImageSource]:
 def flags_of(condition: Condition, model: str, fold: int, stage: str) -> list[str]:
     """Words of the command line."""
     data = f"{FASHION} {MODELS[model]}" if condition.dataset == "fashion" else f"--data-dir . {CLIPART_MODEL}"
-    longer = "--epochs 40 --warmup-epochs 4" if model == "pico" else ""  # 2,000 updates
+    longer = LONGER if model == "pico" else condition.longer
     text = f"{data} {condition.flags} {COMMON} {VIEWS} {stage} {longer} --seed {fold} --fold {fold}"
     return shlex.split(text)
 
