@@ -200,7 +200,7 @@ def test_torchscript(name, options):
         scripted = torch.jit.script(model)
     with torch.no_grad():
         for mix in mixing(model):
-            assert torch.equal(scripted(x, *mix), model(x, *mix))
+            assert_close("logits", scripted(x, *mix), model(x, *mix))  # a script takes torch's RMS norm
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
