@@ -14,12 +14,21 @@ from pathlib import Path
 from rare_classes import BLOCKS, HERE, METHODS, METRICS, SHORT, read_rows
 
 BASELINE, REFERENCE = "supervised", "EMA teacher"
-TITLES = {  # columns of the overview, by block
-    "20-50": "20:1, 50 to 2 labels a class",
-    "20-200": "20:1, 200 to 10",
-    "100-200": "100:1, 200 to 2",
-    "20-50-reversed": "20:1, 50 to 2, unlabelled reversed",
-    "openclipart": "openclipart",
+OVERVIEWS = {  # title -> block -> column
+    "Unlabelled images distributed as the labelled ones": {
+        "20-50": "20:1, 50 to 2 labels a class",
+        "20-200": "20:1, 200 to 10",
+        "100-100": "100:1, 100 to 1",
+        "100-200": "100:1, 200 to 2",
+        "openclipart": "openclipart",
+        "openclipart-longer": "openclipart, 2,000 updates a stage",
+    },
+    "Unlabelled images in reversed order": {
+        "20-50-reversed": "20:1, 50 to 2 labels a class",
+        "20-200-reversed": "20:1, 200 to 10",
+        "100-100-reversed": "100:1, 100 to 1",
+        "100-200-reversed": "100:1, 200 to 2",
+    },
 }
 MODELS = ("20-50", "20-50-vit", "20-50-resnet")  # blocks of the comparison of models
 
@@ -57,9 +66,9 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def overview(grouped: dict[tuple[str, str], Results]) -> str:
+def overview(grouped: dict[tuple[str, str], Results], titles: dict[str, str]) -> str:
     """Balanced accuracy, in brackets that of the few-label classes: of the baseline, then differences to it."""
-    columns = {title: grouped.get((BLOCKS[block][0].name, "vim"), {}) for block, title in TITLES.items()}
+    columns = {title: grouped.get((BLOCKS[block][0].name, "vim"), {}) for block, title in titles.items()}
     lines = [["method", "prior removed", *columns]]
     for method in METHODS:
         for posthoc in ("none",) if "tau" in METHODS[method] else ("none", "unlabeled"):
@@ -133,13 +142,15 @@ def draw(grouped: dict[tuple[str, str], Results], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [(key, results) for key, results in grouped.items() if key[1] == "vim"][:6]
+    names = [BLOCKS[block][0].name for titles in OVERVIEWS.values() for block in titles]
+    shown = [(name, grouped[name, "vim"]) for name in names if (name, "vim") in grouped]
     methods = [name for name in METHODS if any((name, "teacher", "none") in results for _, results in shown)]
-    columns = -(-len(shown) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 7), squeeze=False, sharey=True, layout="constrained")
+    rows, columns = -(-len(shown) // 4), 4
+    size = 4.2 * columns, 3.4 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
-    for axis, ((condition, _), results) in zip(axes.flat, shown, strict=False):
+    for axis, (condition, results) in zip(axes.flat, shown, strict=False):
         for metric, posthoc, colour, offset in (
             ("balanced_acc", "none", "C0", -0.18),
             ("balanced_acc", "unlabeled", "C1", 0.0),
@@ -172,7 +183,8 @@ def main() -> None:
         parser.error(f"{args.csv} holds no run: benchmarks/rare_classes.py writes it")
     grouped = by_condition(rows)
     print(f"Balanced accuracy (of the few-label classes) of {BASELINE} training, then differences to it, %\n")
-    print(overview(grouped))
+    for title, titles in OVERVIEWS.items():
+        print(f"{title}:\n\n{overview(grouped, titles)}\n")
     print("\nModels of equal time for a step, balanced accuracy (of the few-label classes), %\n")
     print(models(grouped))
     for (condition, model), results in grouped.items():
