@@ -1,6 +1,6 @@
-"""The selective scan and its causal convolution, on every device.
+"""The selective scan, its causal convolution and RMS norm, on every device.
 
-`scan` and `causal_conv` are in the modules of their names, `semivim.ops.scan` and `semivim.ops.causal_conv`.
+`scan`, `causal_conv` and `rms_norm` are in the modules of their names, such as `semivim.ops.scan`.
 """
 
 from .backends import BackendState as BackendState
