@@ -90,7 +90,7 @@ CLIPART_MODEL = "--model test_vim --img-size 64 --model-kwargs embed_dim=64 dept
 
 
 class Condition(NamedTuple):
-    """A data set with its labels: ``flags`` of the split, and ``longer`` for both stages in place of theirs."""
+    """A data set with its labels: ``flags`` of the split; ``longer`` stands behind those of both stages and wins."""
 
     name: str
     dataset: str
@@ -124,7 +124,6 @@ BLOCKS: dict[str, tuple[Condition, str, list[str]]] = {
     "20-50-resnet": (long_tail(20, 50, False), "resnet", SHORT),
     "20-50-reversed": (long_tail(20, 50, True), "vim", SHORT),
     "100-200": (long_tail(100, 200, False), "vim", SHORT),
-    # Not run so far.
     "20-200-reversed": (long_tail(20, 200, True), "vim", SHORT),
     "100-100": (long_tail(100, 100, False), "vim", SHORT),  # with 50 the rarest classes would have no label
     "20-200-rest": (long_tail(20, 200, False), "vim", REST),
@@ -132,6 +131,7 @@ BLOCKS: dict[str, tuple[Condition, str, list[str]]] = {
     "100-100-reversed": (long_tail(100, 100, True), "vim", SHORT),
     "20-50-reversed-rest": (long_tail(20, 50, True), "vim", REST),
     "100-200-rest": (long_tail(100, 200, False), "vim", REST),
+    # Not run so far: hours.
     "20-200-pico": (long_tail(20, 200, False), "pico", SHORT),
 }
 METRICS = ("balanced_acc", "top1", "many", "medium", "few", "worst_class_recall", "geometric_mean", "calibration_error")

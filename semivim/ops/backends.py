@@ -106,10 +106,11 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, Ba
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Let scans called with ``backend=None`` use a named backend inside the block, convolutions where it can run them.
+    """Let scans called with ``backend=None`` use a named backend inside the block, and what it can run beside them.
 
-    The name is read when an op runs, so it also holds inside scripted, traced and compiled models. It is shared by
-    all threads and takes precedence over the environment variable ``SEMIVIM_BACKEND``.
+    Convolutions, and norms of models that run eagerly, take the automatic choice where the named backend lacks them.
+    The name is read when an op runs, so it also holds inside scripted, traced and compiled models. It is shared by all
+    threads and takes precedence over the environment variable ``SEMIVIM_BACKEND``.
 
     Args:
         name: One of `available_backends`.

@@ -33,6 +33,7 @@ class Layout:
     """A record type of the kernels, and the place of each of its fields of 64 bits."""
 
     def __init__(self, kind: np.dtype) -> None:
+        assert kind.itemsize == 8 * len(kind.names or ()), f"{kind} has fields that are not of 64 bits"
         self.kind = kind
         self.places = {name: place for place, name in enumerate(kind.names or ())}
 

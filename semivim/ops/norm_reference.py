@@ -30,5 +30,5 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> tuple[T
     normalised = wide * scales
     along = (of_normalised * normalised).mean(-1, keepdim=True)
     dx = (of_normalised - normalised * along) * scales
-    dweight = (_wide(grad) * normalised).flatten(0, -2).sum(0)
+    dweight = (_wide(grad) * normalised).reshape(-1, x.shape[-1]).sum(0)
     return dx.to(x.dtype), dweight.to(weight.dtype)

@@ -38,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, as `torch.nn.functional.rms_norm`.
 
-    Exported, compiled and traced programs, GPUs and dtypes other than float32 get that function itself.
+    Exported, compiled and traced programs, transforms, GPUs and dtypes other than float32 get that function itself.
 
     Args:
         x: ``(..., d)``.

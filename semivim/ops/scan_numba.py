@@ -119,7 +119,7 @@ class _Launch:
         call, count = self.call, len(self.directions)
         shape = self.images, self.tokens, self.channels
         call.describe("grad", grad, self.dtype)
-        call.point("states", states.contiguous())
+        call.point("states", dense_float(states))  # hooks on saved tensors may have changed it
         blocks = self.images, self.blocks, count, self.tokens
         call.point("sums", torch.empty(*blocks, 2, self.padded, dtype=torch.float32))
         # Sums over tokens per image, which the kernel adds to: those of A, then of D and of the bias of delta.

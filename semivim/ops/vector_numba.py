@@ -269,19 +269,21 @@ def _store_part(_context, kind, address, count, value):
 
 
 @intrinsic
-def _stream_row(_context, kind, address, value):
-    memory, _, size = _memory(kind)
-
+def _stream_row(_context, address, value):
     def generate(context, builder, _sig, args):
-        row = _narrow(builder, args[2], memory)
-        if memory == _FLOATS:
-            row = builder.store(row, _pointer(builder, args[1], memory), align=WIDTH)
-            row.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT, 1)]))
-        else:
-            builder.store(row, _pointer(builder, args[1], memory), align=size)
+        row = builder.store(args[1], _pointer(builder, args[0], _FLOATS), align=WIDTH)
+        row.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT, 1)]))
         return context.get_dummy_value()
 
-    return types.void(kind, types.int64, vector), generate
+    return types.void(types.int64, vector), generate
+
+
+@intrinsic
+def _is_float32(_context, kind):
+    def generate(_context, _builder, sig, _args):
+        return ir.Constant(ir.IntType(1), sig.args[0] == types.float32)
+
+    return types.boolean(kind), generate
 
 
 @intrinsic
@@ -314,13 +316,13 @@ def store_lanes(kind, address, count, value):
 
 @compiled
 def stream_lanes(kind, address, count, value):
-    """The same for a tensor that is not read again soon: float32 rows go past the caches.
+    """`store_lanes` for a tensor that is not read again soon: float32 rows go past the caches.
 
     A row of 64 bytes is a whole cache line, which so need not be read before it is overwritten. Half a line, as of
     bfloat16, would be slower this way.
     """
-    if count >= LANES and address % WIDTH == 0:
-        _stream_row(kind, address, value)
+    if _is_float32(kind) and count >= LANES and address % WIDTH == 0:
+        _stream_row(address, value)
     else:
         store_lanes(kind, address, count, value)
 

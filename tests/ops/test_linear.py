@@ -200,7 +200,9 @@ def test_vendor(monkeypatch, name):
 def test_a_product_is_added_to_a_total_in_place(monkeypatch, dtype, least_work):
     monkeypatch.setattr(module, "_LEAST_WORK", least_work)
     x, weight, total = torch.randn(50, 24).to(dtype), torch.randn(24, 70).to(dtype), torch.randn(50, 70)
-    expected = total + (x @ weight)
+    expected, by_linear = total + (x @ weight), []
+    monkeypatch.setattr(module, "linear", lambda *args: by_linear.append(args) or linear(*args))
     added = add_product(total, x, weight)
+    assert len(by_linear) == (dtype != torch.float32 or least_work == 1)
     assert added.data_ptr() == total.data_ptr()
     assert_close("total", added, expected)

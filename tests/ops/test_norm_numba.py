@@ -27,7 +27,7 @@ def poisoned():
 @pytest.mark.usefixtures("poisoned")
 @settings(max_examples=40, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(2, 70)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70)),
     scale=st.sampled_from((0.0, 1e-3, 1.0, 1e3)),
     permuted=st.booleans(),
 )
@@ -51,12 +51,3 @@ def test_same_bits_twice_and_on_two_threads():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
-
-
-def test_not_a_number_stays_in_its_row():
-    x, weight, grad = torch.randn(4, 33), torch.randn(33), torch.randn(4, 33)
-    x[2, 7] = float("nan")
-    results = both_passes(norm_numba, x, weight, grad)
-    for name in ("y", "dx"):
-        assert results[name].isnan().any(1).tolist() == [False, False, True, False]
-    assert results["dweight"].isnan().all()

@@ -63,7 +63,42 @@ def test_other_dtypes_are_torchs_to_the_bit(launched, dtype):
     assert not launched
 
 
-def test_compiled_exported_and_transformed_programs_are_torchs(launched):
+def test_compiled_programs_are_torchs(launched):
+    x, weight = operands(3, 20)
+    compiled = torch.compile(rms_norm, backend="aot_eager", fullgraph=True)
+    y = compiled(x, weight, EPS)
+    assert_close("y", y, torchs(x, weight))
+    torch.autograd.grad(y.sum(), (x, weight))
+    assert not launched
+
+
+@pytest.mark.parametrize("shape", ((20,), (3, 20), (2, 3, 20)))
+@pytest.mark.parametrize("backend", ("numba", "reference"))
+def test_any_number_of_dimensions(shape, backend):
+    x, weight = operands(*shape)
+    grad = torch.randn(shape)
+    with semivim.use_backend(backend):
+        gradients = torch.autograd.grad(rms_norm(x, weight, EPS), (x, weight), grad)
+    for name, ours, theirs in zip(
+        ("dx", "dweight"), gradients, torch.autograd.grad(torchs(x, weight), (x, weight), grad), strict=True
+    ):
+        assert_close(name, ours, theirs, "float32_grad")
+
+
+def test_saved_tensors_may_come_back_in_another_dtype():
+    x, weight = operands(300, 20)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double(), lambda t: t):
+        y = rms_norm(x, weight, EPS)
+    for name, ours, theirs in zip(
+        ("dx", "dweight"),
+        torch.autograd.grad(y.sum(), (x, weight)),
+        torch.autograd.grad(torchs(x, weight).sum(), (x, weight)),
+        strict=True,
+    ):
+        assert_close(name, ours, theirs, "float32_grad")
+
+
+def test_exported_and_transformed_programs_are_torchs(launched):
     x, weight = operands(3, 20)
     program = torch.export.export(torch.nn.RMSNorm(20, eps=EPS), (x,)).graph_module.code
 
@@ -95,7 +130,9 @@ def test_frozen_weights_and_inputs_get_no_gradient():
     x, weight = operands(3, 20)
     (dx,) = torch.autograd.grad(rms_norm(x, weight.detach(), EPS).sum(), x)
     (dweight,) = torch.autograd.grad(rms_norm(x.detach(), weight, EPS).sum(), weight)
-    assert dx.shape == x.shape and dweight.shape == weight.shape
+    both = torch.autograd.grad(torchs(x, weight).sum(), (x, weight))
+    assert_close("dx", dx, both[0], "float32_grad")
+    assert_close("dweight", dweight, both[1], "float32_grad")
     assert not rms_norm(x.detach(), weight.detach(), EPS).requires_grad
 
 
