@@ -118,7 +118,7 @@ BLOCKS: dict[str, tuple[Condition, str, list[str]]] = {
     "20-50": (long_tail(20, 50, False), "vim", MAIN),
     "20-200": (long_tail(20, 200, False), "vim", MAIN),
     "openclipart": (CLIPART, "vim", [*SHORT, "EMA + FreeMatch"]),
-    "openclipart-longer": (CLIPART_LONGER, "vim", SHORT),
+    "openclipart-longer": (CLIPART_LONGER, "vim", SHORT[:3]),
     "20-50-rest": (long_tail(20, 50, False), "vim", REST),
     "20-50-vit": (long_tail(20, 50, False), "vit", SHORT),
     "20-50-resnet": (long_tail(20, 50, False), "resnet", SHORT),
