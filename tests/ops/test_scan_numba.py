@@ -12,6 +12,7 @@ from tests.ops.scan_cases import (
     bidirectional_inputs,
     bidirectional_scan,
     forward_of,
+    gradients_of,
     in_float64,
     mixing,
     run,
@@ -149,3 +150,12 @@ if child == 0:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("n", (1, 5))
+def test_saved_states_may_come_back_in_another_dtype(n):
+    inputs = bidirectional_inputs(2, 70, 20, n)
+    out, saved = forward_of(scan_numba, inputs)
+    grad = torch.randn_like(out)
+    expected, actual = (gradients_of(scan_numba, grad, inputs, None, x) for x in (saved, saved.double()))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
