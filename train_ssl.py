@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Semi-supervised training of a Vision Mamba with few labels (Semi-ViM, stage 3; ``supervised`` is its stage 2).
 
-    python train_ssl.py                                   demo on scikit-learn's digits, 4 labels a class, on a CPU
+    python train_ssl.py                                   demo on scikit-learn's digits, 20 to 2 labels a class
     python train_ssl.py --data-dir DIR --label-fraction 0.1 --model semivim_small --img-size 224 --opt adamw --lr 5e-4
     torchrun --nproc-per-node 8 train_ssl.py ...          the same on 8 GPUs
     python train_ssl.py -c RUN/args.yaml --resume RUN/last.pth.tar
@@ -105,10 +105,13 @@ PANELS = (
     Panel("V and guard rate", ("v", "guard_rate"), "symlog"),
 )
 
+LONG_TAIL = {"imb_n1": 20, "imb_factor_l": 10.0, "imb_m1": 100, "imb_factor_u": 10.0}
+LONG_TAIL_RULES = {"debias_pseudo": 1.0, "posthoc_debias": "unlabeled"}
 # What `python train_ssl.py` runs: every value can be overridden on the command line.
 DEMO: dict[str, Any] = {
     "dataset": "embedded/digits", "model": "semivim_pico", "in_chans": 1, "mean": [0.5], "std": [0.5],
-    "labels_per_class": 4, "pseudo_mixup": "ss", "batch_size": 16, "unlabeled_ratio": 3,
+    **LONG_TAIL, **LONG_TAIL_RULES, "ssl_method": "ema-teacher", "eval_metric": "balanced_acc",
+    "batch_size": 16, "unlabeled_ratio": 3,
     "epochs": 20, "train_batches_per_epoch": 15, "sched_on_updates": True, "warmup_epochs": 2,
     "opt": "adamw", "lr": 2e-3, "weight_decay": 0.05, "model_ema_decay": 0.99,
     "scale": [0.6, 1.0], "hflip": 0.0, "color_jitter": 0.0, "strong_aa": "rand-m5-mstd0.5-inc1",
@@ -140,8 +143,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parse_flags(parser, argv)
     if not (args.dataset or args.data_dir):
+        other_split = args.label_fraction or args.labels_per_class or args.labeled_list
         against = {  # demo values that make way for what is given
-            "labels_per_class": args.label_fraction or args.imb_n1 or args.labeled_list,
+            **dict.fromkeys((*LONG_TAIL, *LONG_TAIL_RULES), other_split),
+            "debias_pseudo": other_split or args.pseudo_prior != "none",
             "lr": args.lr_base != parser.get_default("lr_base"),
             "sched_on_updates": args.sched == "plateau",
         }

@@ -46,7 +46,7 @@ def test_run_folder_holds_everything(whole):
     assert not [n for n in names if "tmp" in n]
     stored = json.loads((folder / "metrics.json").read_text())
     assert stored["teacher"]["top1"] == results["teacher"]["top1"]
-    assert stored["split"]["num_labelled"] == 40
+    assert stored["split"]["num_labelled"] == 78
     rules = {"alpha_background": [255, 255, 255], "max_value": None}
     assert json.loads((folder / "config.json").read_text())["semivim_pixel_rules"] == rules
     assert stored["updates"] == 6
@@ -297,7 +297,7 @@ BAD = [
     (["--dataset", "wds/x", "--labels-per-class", "1"], r"wds/x"),
     (["--resume", "nowhere/last.pth.tar"], r"no checkpoint at nowhere/last\.pth\.tar"),
     (["--model", "vim_nonesuch"], r"vim_nonesuch"),
-    (["--model", "test_vit", "--img-size", "32"], r"SSMixup needs a Vim"),
+    (["--model", "test_vit", "--img-size", "32", "--pseudo-mixup", "ss"], r"SSMixup needs a Vim"),
     (["--model", "test_dyvm", "--img-size", "32", "--pseudo-mixup", "none"], "train it by benchmarks/train_dyvm.py"),
     (["--amp"], r"--amp-dtype float16 needs a GPU"),
     (["--mixup", "0.2", "-b", "15"], r"--batch-size must be even, got 15"),
@@ -338,9 +338,16 @@ def test_demo_values_make_way_for_what_is_given():
     def demo(*flags):
         return train_ssl.parse_args(list(flags))
 
-    assert (demo().labels_per_class, demo().pseudo_mixup, demo().lr, demo().sched_on_updates) == (4, "ss", 2e-3, True)
-    assert demo("--label-fraction", "0.1").labels_per_class is None
-    assert demo("--imb-n1", "8").labels_per_class is None
+    def split(args):
+        return args.imb_n1, args.imb_factor_l, args.imb_m1, args.imb_factor_u, args.debias_pseudo, args.posthoc_debias
+
+    assert split(demo()) == (20, 10.0, 100, 10.0, 1.0, "unlabeled")
+    assert split(demo("--imb-n1", "8")) == (8, 10.0, 100, 10.0, 1.0, "unlabeled")
+    for flags in (["--label-fraction", "0.1"], ["--labels-per-class", "4"], ["--labeled-list", "a.csv"]):
+        assert split(demo(*flags)) == (None, 1.0, None, 1.0, 0.0, "none")  # the rules are the long tail's
+    assert demo("--labels-per-class", "4", "--debias-pseudo", "0.5").debias_pseudo == 0.5
+    assert demo("--pseudo-prior", "estimated", "--logit-adjust-tau", "1").debias_pseudo == 0.0
+    assert (demo().lr, demo().sched_on_updates) == (2e-3, True)
     assert demo("--lr-base", "0.01").lr is None
     assert not demo("--sched", "plateau").sched_on_updates
 
@@ -380,14 +387,8 @@ def test_resume_finds_its_folder_and_split_wherever_the_run_was_put(whole, tmp_p
 def test_lists_name_images_of_the_dataset_also_beside_an_unlabelled_folder(image_folder, tmp_path):
     path = tmp_path / "lt.txt"
     path.write_text("train/cat/1.png 0\ntrain/dog/2.png 1\n")
-    flags = [
-        "--data-dir",
-        str(image_folder),
-        "--labeled-list",
-        str(path),
-        "--unlabeled-dir",
-        str(image_folder / "more"),
-    ]
+    flags = ["--data-dir", str(image_folder), "--labeled-list", str(path)]
+    flags += ["--unlabeled-dir", str(image_folder / "more")]
     source, _, split = train_ssl.open_data(train_ssl.parse_args(flags), None)
     assert [source.describe(i).split("train/")[1] for i in split.labelled] == ["cat/1.png", "dog/2.png"]
     assert split.labels[split.labelled].tolist() == [0, 1]

@@ -12,7 +12,7 @@ import semivim  # noqa: F401  registers the models
 import train_ssl
 from semivim.flags.ssl_flags import teacher_kwargs
 from semivim.flags.train_flags import scaled_lr
-from tests.training import ROOT, assert_same_run, refused, run, states
+from tests.training import ROOT, TINY, assert_same_run, refused, run, states
 
 LONG_TAIL = [
     "--imb-n1",
@@ -215,7 +215,8 @@ def test_the_recipe_for_rare_classes_goes_on_from_a_teacher(tmp_path):
     run(tmp_path / "labels", *LONG_TAIL, "--gp", "avg", "--img-size", "32", "--ssl-method", "supervised")
     start = ["--initial-checkpoint", tmp_path / "labels" / "last.pth.tar", "--img-size", "32", "--lr", "0"]
     recipe = ["-c", ROOT / "benchmarks" / "recipes" / "rare.yaml"]
-    run(tmp_path / "ssl", *recipe, *split, *start)
+    place = ["--output", tmp_path, "--experiment", "ssl"]
+    train_ssl.main([str(word) for word in (*TINY, *recipe, *split, *start, *place)])  # no flag but the recipe's
     assert json.loads((tmp_path / "ssl" / "config.json").read_text())["logit_adjustment"]["by"] == "unlabeled"
     _, started = states(tmp_path / "labels")
     _, teacher = states(tmp_path / "ssl")

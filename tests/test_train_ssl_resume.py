@@ -143,7 +143,7 @@ def half(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--labels-per-class", 8], "--labels-per-class is 8, but 4"),
+        (["--imb-n1", 18], "--imb-n1 is 18, but 20"),
         (["--split-seed", 7], "--split-seed is 7, but 0"),
         (["-b", 2], "--batch-size x --grad-accum-steps x processes is 2, but 4"),
         (["--train-batches-per-epoch", 2], "--train-batches-per-epoch is 2, but 3"),

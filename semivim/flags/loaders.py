@@ -53,7 +53,8 @@ def create_loaders(
     if (num_unlabelled or args.posthoc_debias == "unlabeled") and not len(split.unlabelled):
         raise UserError(
             f"no unlabelled image is left: all {len(split.labelled)} are labelled; label fewer, add unlabelled "
-            f"ones (--unlabeled-dir, --unlabeled-include-labeled) or train with --ssl-method supervised"
+            f"ones (--unlabeled-dir, --unlabeled-include-labeled) or train with --ssl-method supervised and without "
+            f"--posthoc-debias unlabeled"
         )
     # Not those to evaluate on: `predict` sees images as evaluation does, and decodes them whole.
     source.least_side = least_side(data_config["input_size"], least_crop(args))

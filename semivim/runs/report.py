@@ -60,8 +60,11 @@ def results_table(
             if recalls[-1] is not None:
                 rows[f"recall of class {name}"] = list(recalls)
     width = max(22, *(len(name) + 1 for name in rows))
-    lines = ["".join([" " * width, *(f"{title:>10}" for title in columns)])]
-    lines += ["".join([f"{name:{width}}", *(f"{value:10.2f}" for value in values)]) for name, values in rows.items()]
+    widths = [max(10, len(title) + 2) for title in columns]
+    lines = ["".join([" " * width, *(f"{title:>{w}}" for title, w in zip(columns, widths, strict=True))])]
+    for name, values in rows.items():
+        cells = (f"{value:{w}.2f}" for value, w in zip(values, widths, strict=True))
+        lines.append("".join([f"{name:{width}}", *cells]))
     if pseudo_labels:
         lines.append(f"unlabelled images: {pseudo_labels['seen']:,} seen, {pseudo_labels['kept']:,} kept")
         lines += [pseudo_labels["fault"]] if pseudo_labels["fault"] else []

@@ -21,9 +21,11 @@ def test_table_and_picture(tmp_path):
         "worst_class_recall": 0.0,
         "per_class_recall": [20.0, None],
     }
-    table = results_table({"student": student, "teacher": student | {"top1": 12.5}})
-    assert table.splitlines()[0].split() == ["student", "teacher"]
-    assert "top1                       10.00     12.50" in table
+    columns = {"student": student, "teacher": student | {"top1": 12.5}}
+    table = results_table(columns | {"student_debiased": student, "teacher_debiased": student})
+    assert table.splitlines()[0].split() == ["student", "teacher", "student_debiased", "teacher_debiased"]
+    assert "top1                       10.00     12.50             10.00" in table
+    assert len({len(line) for line in table.splitlines()}) == 1
     assert "recall of class 0" in table
     assert "class 1" not in table
     records = [
