@@ -91,7 +91,8 @@ from semivim.utils.stop_signal import StopSignal
 from semivim.utils.user_error import UserError, user_errors_end_the_program
 
 # What a resumed run may not change, with the flags that set it.
-FIXED = {name: flag(name) for name in (*SPLIT_FLAGS, *PRIOR_FLAGS, "unlabeled_ratio", "img_size", "input_size")} | {
+FIXED_FLAGS = (*SPLIT_FLAGS, *PRIOR_FLAGS, "ssl_method", "unlabeled_ratio", "img_size", "input_size")
+FIXED = {name: flag(name) for name in FIXED_FLAGS} | {
     "labelled_per_update": "--batch-size x --grad-accum-steps x processes",
     "updates_per_epoch": "--train-batches-per-epoch",
 }

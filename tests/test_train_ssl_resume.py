@@ -144,6 +144,7 @@ def half(tmp_path_factory):
     ("flags", "message"),
     [
         (["--imb-n1", 18], "--imb-n1 is 18, but 20"),
+        (["--ssl-method", "ema-teacher"], "--ssl-method is ema-teacher, but lyapema"),
         (["--split-seed", 7], "--split-seed is 7, but 0"),
         (["-b", 2], "--batch-size x --grad-accum-steps x processes is 2, but 4"),
         (["--train-batches-per-epoch", 2], "--train-batches-per-epoch is 2, but 3"),
