@@ -19,7 +19,7 @@ import semivim
 import train_ssl
 from semivim.runs import open_run
 from semivim.runs.optimizer_step import SkippedSteps
-from tests.training import ROOT, TINY, refused, run, states
+from tests.training import PLAIN, ROOT, TINY, refused, run, states
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +456,20 @@ def test_ranks_keep_one_student_and_one_teacher_and_share_the_work(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    flags = [*TINY, "--epochs", "1", "--output", str(tmp_path), "--experiment", "ddp", "-b", "2", "--device", "cpu"]
+    flags = [
+        *TINY,
+        *PLAIN,
+        "--epochs",
+        "1",
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "ddp",
+        "-b",
+        "2",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(
         [*command, str(tmp_path / "ranks.py"), *flags, "-j", "0"],
         env=environment, capture_output=True, text=True, timeout=300,

@@ -17,7 +17,7 @@ import train_ssl
 from semivim.data import ImageSource, UnreadableImageError
 from semivim.runs.checkpoint import AtomicCheckpointSaver
 from semivim.runs.run_folder import find_checkpoints
-from tests.training import ROOT, TINY, assert_same_run, refused, run
+from tests.training import PLAIN, ROOT, TINY, assert_same_run, refused, run
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,18 @@ KILL_POINTS = ["recovery-0-1", "recovery-0-3", "last", "recovery-1-4", "recovery
 def test_run_killed_again_and_again_ends_as_the_unbroken_one(whole, tmp_path):
     """SIGKILL as soon as a file appears: after an update, while evaluating, and while an epoch is saved."""
     folder = tmp_path / "killed"
-    flags = [*TINY, "--output", str(tmp_path), "--experiment", "killed", "--recovery-interval", "1", "--resume", "auto"]
+    flags = [
+        *TINY,
+        *PLAIN,
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "killed",
+        "--recovery-interval",
+        "1",
+        "--resume",
+        "auto",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     reached = []
     for point in KILL_POINTS:
@@ -231,7 +242,7 @@ train_ssl.main(sys.argv[3:])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_signal_ends_a_run_after_its_update_and_it_goes_on_bit_by_bit(number, whole, tmp_path):
     folder = tmp_path / "run"
-    flags = [*TINY, "--output", str(tmp_path), "--experiment", "run"]
+    flags = [*TINY, *PLAIN, "--output", str(tmp_path), "--experiment", "run"]
     command = [sys.executable, "-c", SIGNALLED, "0", str(int(number)), *flags, "--workers", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
@@ -249,7 +260,7 @@ def test_signal_ends_a_run_after_its_update_and_it_goes_on_bit_by_bit(number, wh
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_stop_at_the_same_update_whichever_gets_the_signal(rank, tmp_path):
     (tmp_path / "signalled.py").write_text(SIGNALLED)
-    flags = [*TINY, "--output", str(tmp_path), "--experiment", "run", "--device", "cpu"]
+    flags = [*TINY, *PLAIN, "--output", str(tmp_path), "--experiment", "run", "--device", "cpu"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(tmp_path / "signalled.py"), str(rank), str(int(signal.SIGTERM)), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -267,7 +278,19 @@ def run_on_two_ranks(folder, number, *flags):
     """Train on two processes, the second of which gets a signal, 0 for none, in its second update."""
     script = folder.parent / "signalled.py"
     script.write_text(SIGNALLED)
-    flags = [*TINY, "--output", str(folder.parent), "--experiment", folder.name, "--device", "cpu", "-b", "2", *flags]
+    flags = [
+        *TINY,
+        *PLAIN,
+        "--output",
+        str(folder.parent),
+        "--experiment",
+        folder.name,
+        "--device",
+        "cpu",
+        "-b",
+        "2",
+        *flags,
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, str(script), "1", str(int(number)), *flags]
