@@ -98,18 +98,8 @@ def test_epochs_go_to_weights_and_biases_too(tmp_path, monkeypatch, capsys):
     module.init, module.__spec__ = Wandb.init, importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setattr("timm.utils.summary.wandb", Wandb, raising=False)
-    run(
-        tmp_path / "run",
-        "--epochs",
-        1,
-        "--ssl-method",
-        "supervised",
-        "--threshold",
-        0.7,
-        "--log-wandb",
-        "--wandb-project",
-        "p",
-    )
+    flags = ["--epochs", 1, "--ssl-method", "supervised", "--threshold", 0.7]
+    run(tmp_path / "run", *flags, "--log-wandb", "--wandb-project", "p")
     assert rows[0]["project"] == "p"
     assert rows[1]["eval_top1"] >= 0.0
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -456,20 +446,8 @@ def test_ranks_keep_one_student_and_one_teacher_and_share_the_work(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    flags = [
-        *TINY,
-        *PLAIN,
-        "--epochs",
-        "1",
-        "--output",
-        str(tmp_path),
-        "--experiment",
-        "ddp",
-        "-b",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    flags = [*TINY, *PLAIN, "--epochs", "1", "--output", str(tmp_path), "--experiment", "ddp"]
+    flags += ["-b", "2", "--device", "cpu"]
     done = subprocess.run(
         [*command, str(tmp_path / "ranks.py"), *flags, "-j", "0"],
         env=environment, capture_output=True, text=True, timeout=300,
