@@ -13,9 +13,9 @@ from torch import Tensor
 from . import conv_kernels_numba as kernels
 from . import conv_reference
 from .eager import cast
-from .launch_numba import Fields, Layout, dense_float, records
+from .launch_numba import Fields, Layout, records
 from .launch_numba import unavailable as unavailable
-from .threads import aligned_scratch, run_tasks
+from .threads import run_tasks, scratch
 from .vector_numba import BFLOAT16, FLOAT32, LANES
 
 _CALL = Layout(kernels.CALL)
@@ -25,21 +25,12 @@ def _fields(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
     """Return the fields that both passes need."""
     images, tokens, channels = x.shape
     taps = weights[0][0].shape[2]
-    fields = Fields(
-        _CALL,
-        images=images,
-        tokens=tokens,
-        channels=channels,
-        lanes=-(-channels // LANES) * LANES,
-        blocks=-(-channels // kernels.BLOCK),
-        taps=taps,
-        size=dtype.itemsize,
-    )
+    lanes, blocks = -(-channels // LANES) * LANES, -(-channels // kernels.BLOCK)
+    fields = Fields(_CALL, images, tokens, channels, lanes, blocks, taps, dtype.itemsize)
     for (weight, bias), back in zip(weights, reverse, strict=True):
         end = "_b" if back else ""
-        fields.point("weight" + end, dense_float(weight))
-        fields.point("bias" + end, dense_float(bias))
-    fields.describe("x", x, dtype)
+        fields.point_dense("weight" + end, weight, bias)
+    fields.describe("x", dtype, x)
     return fields
 
 
@@ -48,9 +39,7 @@ def _run(kernel: Callable[..., None], fields: Fields, scratch_bytes: int) -> np.
     call, kind = records(_CALL, fields), BFLOAT16 if fields["size"] == 2 else FLOAT32
 
     def run_range(begin: int, end: int) -> None:
-        memory, address = aligned_scratch(scratch_bytes)
-        kernel(kind, call, address, begin, end)
-        del memory
+        kernel(kind, call, scratch(scratch_bytes), begin, end)
 
     run_tasks(run_range, fields["images"] * fields["blocks"])
     return call
@@ -66,7 +55,10 @@ def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
         return conv_reference.forward(x, weights, reverse)
     dtype = _kernel_dtype(x)
     fields = _fields(x, weights, reverse, dtype)
-    outputs = [fields.point("u_b" if back else "u", torch.empty(*x.shape, dtype=dtype)) for back in reverse]
+    shape = fields["images"], fields["tokens"], fields["channels"]
+    outputs = [torch.empty(*shape, dtype=dtype) for _ in reverse]
+    for u, back in zip(outputs, reverse, strict=True):
+        fields.point("u_b" if back else "u", u)
     _run(kernels.forward, fields, kernels.forward_scratch())
     return [cast(u, x.dtype) for u in outputs]
 
@@ -82,12 +74,13 @@ def backward(
     gradients = []
     for grad, (weight, bias), back in zip(grads, weights, reverse, strict=True):
         end = "_b" if back else ""
-        fields.describe("grad" + end, grad, dtype)
-        dweight = fields.point("dweight" + end, torch.empty(*weight.shape, dtype=torch.float32))
-        dbias = fields.point("dbias" + end, torch.empty(*bias.shape, dtype=torch.float32))
+        fields.describe("grad" + end, dtype, grad)
+        dweight = torch.empty(*weight.shape, dtype=torch.float32)
+        dbias = torch.empty(*bias.shape, dtype=torch.float32)
+        fields.point("dweight" + end, dweight, dbias)
         gradients.append((dweight, dbias))
-    dx = fields.point("dx", torch.empty(*x.shape, dtype=dtype))
-    fields.point("sums", torch.empty(x.shape[0], 2, kernels.SUMS, fields["lanes"], dtype=torch.float32))
+    dx = torch.empty(*x.shape, dtype=dtype)
+    fields.point("dx", dx, torch.empty(x.shape[0], 2, kernels.SUMS, fields["lanes"], dtype=torch.float32))
     call = _run(kernels.backward, fields, kernels.backward_scratch())
     kernels.sum_images(call)
     like_weights = [(cast(dw, w.dtype), cast(db, b.dtype)) for (dw, db), (w, b) in zip(gradients, weights, strict=True)]

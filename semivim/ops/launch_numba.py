@@ -1,6 +1,7 @@
 """What the launchers of the kernels on a CPU share."""
 
 import functools
+import struct
 
 import numba
 import numpy as np
@@ -19,8 +20,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def dense_float(x: Tensor) -> Tensor:
     """Return a tensor as dense float32."""
-    x = cast(x, torch.float32)
-    return x if x.is_contiguous() else x.contiguous()
+    return cast(x, torch.float32).contiguous()
 
 
 @functools.cache
@@ -36,6 +36,8 @@ class Layout:
         assert kind.itemsize == 8 * len(kind.names or ()), f"{kind} has fields that are not of 64 bits"
         self.kind = kind
         self.places = {name: place for place, name in enumerate(kind.names or ())}
+        self.packing = struct.Struct(f"{len(self.places)}q")
+        self.zeros = [0] * len(self.places)
 
 
 class Fields:
@@ -43,14 +45,16 @@ class Fields:
 
     A list, filled by place: an array's fields set one by one, or a dictionary sorted at the end, take three times as
     long, and the host's time for a small block is made of this.
+
+    Args:
+        layout: The record's.
+        first: Values of its first fields.
     """
 
-    def __init__(self, layout: Layout, **values: int) -> None:
+    def __init__(self, layout: Layout, *first: int) -> None:
         self.places = layout.places
-        self.values = [0] * len(self.places)
+        self.values = [*first, *layout.zeros[len(first) :]]
         self.kept: list[Tensor] = []
-        for name, value in values.items():
-            self.values[self.places[name]] = value
 
     def __getitem__(self, name: str) -> int:
         return self.values[self.places[name]]
@@ -58,28 +62,38 @@ class Fields:
     def __setitem__(self, name: str, value: int) -> None:
         self.values[self.places[name]] = value
 
-    def point(self, name: str, x: Tensor) -> Tensor:
-        """Give a field the address of a tensor, which is kept alive and returned."""
-        self.kept.append(x)
-        self.values[self.places[name]] = x.data_ptr()
-        return x
+    def point(self, name: str, *tensors: Tensor) -> None:
+        """Give a field and those after it the addresses of tensors, which are kept alive."""
+        self.kept += tensors
+        place = self.places[name]
+        self.values[place : place + len(tensors)] = [x.data_ptr() for x in tensors]
 
-    def describe(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
-        """Give the fields of a tensor over tokens its address and its strides in bytes, rows dense in a dtype.
+    def point_dense(self, name: str, *tensors: Tensor) -> None:
+        """The same of tensors that are first made dense float32."""
+        self.point(name, *[x if x.dtype is torch.float32 and x.is_contiguous() else dense_float(x) for x in tensors])
 
-        In the layout, the strides between images and between tokens follow the address.
+    def describe(self, name: str, dtype: torch.dtype, *tensors: Tensor) -> None:
+        """Give the fields of tensors over tokens their addresses and strides in bytes, rows dense in a dtype.
+
+        In the layout, the strides between images and between tokens follow the address, then the next tensor's fields.
         """
-        x = cast(x, dtype)
-        image, token, channel = x.stride()
-        if channel != 1 and x.shape[2] != 1:
-            x = x.contiguous()
-            image, token, _ = x.stride()
-        self.kept.append(x)
-        place, size = self.places[name], x.itemsize
-        self.values[place : place + 3] = x.data_ptr(), image * size, token * size
+        place, size = self.places[name], dtype.itemsize
+        for x in tensors:
+            if x.dtype is not dtype:
+                x = x.to(dtype)
+            image, token, channel = x.stride()
+            if channel != 1 and x.shape[2] != 1:
+                x = x.contiguous()
+                image, token, _ = x.stride()
+            self.kept.append(x)
+            self.values[place : place + 3] = x.data_ptr(), image * size, token * size
+            place += 3
 
 
 def records(layout: Layout, *fields: Fields) -> np.ndarray:
     """Return records with the values of fields."""
-    values = np.array([of.values for of in fields], np.int64)
-    return np.ndarray(len(fields), layout.kind, values)  # `view` asks in Python whether it may
+    size = layout.packing.size
+    memory = bytearray(len(fields) * size)
+    for place, of in enumerate(fields):
+        layout.packing.pack_into(memory, place * size, *of.values)  # in a third of the time of an array of a list
+    return np.ndarray(len(fields), layout.kind, memory)

@@ -59,7 +59,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], tuple[Any, Any]]:
     """Return the output, what the scan saves, u and [dt | B | C] of each direction, and both backends."""
     x, z = xz.chunk(2, -1)
-    conv, scan = (choose(op, "auto", xz.device, xz.dtype) for op in ("conv", "scan"))
+    device, dtype = xz.device, xz.dtype
+    conv, scan = choose("conv", "auto", device, dtype), choose("scan", "auto", device, dtype)
     us = conv.forward(x, [(w.conv_weight, w.conv_bias) for w in weights], reverse)
     dtype = _product_dtype(xz)
     dbcs = [linear(cast(u, dtype), cast(w.x_proj, dtype)) for u, w in zip(us, weights, strict=True)]
@@ -188,13 +189,12 @@ def _projections_backward(
 def _check(xz: Tensor, mix: Tensor | None, weights: list[DirectionWeights]) -> None:
     """Name what does not fit: the backends read raw memory."""
     b, inner, device = xz.shape[0], xz.shape[-1] // 2, xz.device
-    for w in weights:
-        rank, n, taps = w.dt_proj.shape[1], w.A_log.shape[1], w.conv_weight.shape[2]
-        wanted = [(inner, 1, taps), (inner,), (rank + 2 * n, inner), (inner, rank), (inner,), (inner, n), (inner,)]
-        # All at once first: to look at each costs a small block a tenth of its time.
-        if [x.shape for x in w] == wanted and {x.device for x in w} == {device}:
-            continue
-        for name, x, shape in zip(DirectionWeights._fields, w, wanted, strict=True):
+    rank, n, taps = weights[0].dt_proj.shape[1], weights[0].A_log.shape[1], weights[0].conv_weight.shape[2]
+    wanted = [(inner, 1, taps), (inner,), (rank + 2 * n, inner), (inner, rank), (inner,), (inner, n), (inner,)]
+    tensors = [x for w in weights for x in w]
+    # All at once first: to look at each costs a small block a tenth of its time.
+    if [x.shape for x in tensors] != wanted * len(weights) or {x.device for x in tensors} != {device}:
+        for name, x, shape in zip(DirectionWeights._fields * len(weights), tensors, wanted * len(weights), strict=True):
             if x.shape != shape:
                 raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
             if x.device != device:

@@ -17,13 +17,9 @@ from .vector_numba import LANES
 _CALL = Layout(kernels.CALL)
 
 
-def _fields(x: Tensor, weight: Tensor) -> Fields:
-    """Return the fields that both passes need."""
-    channels = weight.numel()
-    fields = Fields(_CALL, rows=x.numel() // channels, channels=channels, lanes=-(-channels // LANES) * LANES)
-    fields.point("x", dense_float(x))
-    fields.point("weight", dense_float(weight))
-    return fields
+def _fields(x: Tensor, channels: int) -> Fields:
+    """Return the fields of the sizes."""
+    return Fields(_CALL, x.numel() // channels, channels, -(-channels // LANES) * LANES)
 
 
 def _run(kernel: Callable[..., None], fields: Fields) -> None:
@@ -34,22 +30,25 @@ def _run(kernel: Callable[..., None], fields: Fields) -> None:
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the normalised rows and the factor of each, as `norm_reference` does."""
-    fields = _fields(x, weight)
-    y = fields.point("y", torch.empty(*x.shape, dtype=torch.float32))
+    x = dense_float(x)
+    fields = _fields(x, weight.numel())
+    y, scales = torch.empty_like(x), torch.empty(fields["rows"], dtype=torch.float32)
+    fields.point_dense("x", x, weight)
+    fields.point("y", y, scales)
     fields["eps"] = float_bits(eps)
-    scales = fields.point("scales", torch.empty(fields["rows"], dtype=torch.float32))
     _run(kernels.forward, fields)
     return y, scales
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the weight."""
-    fields = _fields(x, weight)
-    fields.point("grad", dense_float(grad))
-    fields.point("scales", dense_float(scales))  # hooks on saved tensors may have changed it
-    dx = fields.point("dx", torch.empty(*x.shape, dtype=torch.float32))
+    x = dense_float(x)
+    fields = _fields(x, weight.numel())
     tasks = -(-fields["rows"] // kernels.ROWS)
-    dweights = fields.point("dweights", torch.zeros(tasks, fields["lanes"], dtype=torch.float32))
+    dx, dweights = torch.empty_like(x), torch.zeros(tasks, fields["lanes"], dtype=torch.float32)
+    fields.point_dense("x", x, weight)
+    fields.point_dense("scales", scales, grad)  # hooks on saved tensors may have changed the scales
+    fields.point("dx", dx, dweights)
     _run(kernels.backward, fields)
     dweight = dweights.sum(0) if tasks > 1 else dweights[0]
     return dx, dweight[: weight.numel()]

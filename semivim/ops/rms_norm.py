@@ -50,7 +50,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     by_kernel = (
         is_eager(x)
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and type(weight) in (Tensor, torch.nn.Parameter)
         and x.shape[-1:] == weight.shape  # torch says it best if not

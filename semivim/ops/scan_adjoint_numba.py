@@ -17,6 +17,7 @@ from .scan_kernels_numba import (
     enter_strip,
     enter_vector,
     load_weights,
+    rates_of,
     rows,
     stored_states,
     ungated_share,
@@ -198,7 +199,7 @@ def _load_states(call, place, s):
 
 
 @compiled
-def _backward_states(call, operands, place, first, end, s):
+def _backward_states(call, place, first, end, s):
     """Recomputation and adjoint of four states of a block over one chunk; sums of dB and dC over its channels."""
     row, a_state, count = call.padded * 4, call.lanes * 4, place.count
     bc = place.bc + 4 * s
@@ -208,7 +209,7 @@ def _backward_states(call, operands, place, first, end, s):
         _load_states(call, place, s)
         at = (vector - first) * CHUNK * WIDTH
         dt, entering, y, dy = place.dt + at, place.input + at, place.y + at, place.dy + at
-        a_at = operands.rates + s * a_state + 4 * place.c
+        a_at = rates_of(call, place, s)
         _recompute_states(a_at, a_state, place.decays, place.states, bc, row, dt, entering, y, count)
         g = place.h + (vector * call.padded + s) * WIDTH
         of_states = (place.image * call.directions + place.direction) * call.padded + s
@@ -293,7 +294,7 @@ def _backward_block(kind, call, operands, place, block):
         enter_vector(call, place, vector)
         _prepare_backward(kind, call, operands, place, (vector - first) * CHUNK * WIDTH)
     for s in range(0, call.padded, TOGETHER):
-        _backward_states(call, operands, place, first, end, s)
+        _backward_states(call, place, first, end, s)
     for vector in range(first, end):
         enter_vector(call, place, vector)
         at = (vector - first) * CHUNK * WIDTH

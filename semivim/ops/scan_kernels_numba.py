@@ -41,19 +41,20 @@ BLOCK = VECTORS * LANES
 TOGETHER = 4  # states that run over a chunk together
 
 # One direction: addresses of operands, their strides in bytes, and of contiguous gradients. A, D, delta_bias and their
-# gradients are dense float32. `rates` holds log2(e) A, transposed to (n, d) and padded with zeros to `padded` states
-# and whole vectors.
+# gradients are dense float32.
 DIRECTION = record(
+    "reverse",
     *(f"{tensor}{part}" for tensor in ("u", "delta", "bc") for part in ("", "_image", "_token")),
-    *("A", "rates", "D", "delta_bias", "reverse", "du", "ddelta", "dbc", "dA", "dD", "dbias"),
+    *("A", "D", "delta_bias", "du", "ddelta", "dbc", "dA", "dD", "dbias"),
 )
-# What all directions share; z and mix are 0 where absent. `total` and `mixed`: float32 (b, l, d), what the directions
-# before the last one add to the gated and to the ungated sum. `sums`: float32 sums of the gradients of bc over each
-# block's channels, (b, blocks, directions, l, 2, padded). dA, dD, dbias: float32 sums over tokens per image.
+# What all directions share; z and mix are 0 where absent. `rates`: log2(e) A of every direction, transposed to (n, d)
+# and padded with zeros to `padded` states and whole vectors. `total` and `mixed`: float32 (b, l, d), what the
+# directions before the last one add to the gated and to the ungated sum. `sums`: float32 sums of the gradients of bc
+# over each block's channels, (b, blocks, directions, l, 2, padded). dA, dD, dbias: float32 sums over tokens per image.
 CALL = record(
     *("images", "tokens", "channels", "lanes", "blocks", "n", "padded", "directions", "softplus", "size"),
-    *("states", "mix", "z", "z_image", "z_token", "out", "grad", "grad_image", "grad_token", "dz", "total", "mixed"),
-    *("sums", "dA", "dD", "dbias", SOURCE),
+    *("rates", "mix", "z", "z_image", "z_token", "out", "states", "grad", "grad_image", "grad_token", "dz"),
+    *("total", "mixed", "sums", "dA", "dD", "dbias", SOURCE),
     scale=np.float64,
 )
 # Where a thread is, and its scratch. The strip is `blocks` blocks, `vectors` vectors from `first_block` on.
@@ -75,12 +76,13 @@ def transpose_rates(calls, directions):
     call = calls[0]
     for direction in range(call.directions):
         operands = directions[direction]
-        for at in range(operands.rates, operands.rates + call.padded * call.lanes * 4, WIDTH):
+        rates = call.rates + direction * call.padded * call.lanes * 4
+        for at in range(rates, rates + call.padded * call.lanes * 4, WIDTH):
             store(at, splat(0.0))
         for channel in range(call.channels):
             for s in range(call.n):
                 rate = load_float(operands.A + (channel * call.n + s) * 4) * np.float32(LOG2_E)
-                store_float(operands.rates + (s * call.lanes + channel) * 4, rate)
+                store_float(rates + (s * call.lanes + channel) * 4, rate)
 
 
 @compiled
@@ -171,6 +173,12 @@ def load_weights(kind, call, operands, place):
 def weight(address, place):
     """A vector's values of a float32 tensor over channels."""
     return load_lanes(FLOAT32, address + 4 * place.c, place.lanes)
+
+
+@compiled
+def rates_of(call, place, s):
+    """Address of a vector's rates of a state."""
+    return call.rates + ((place.direction * call.padded + s) * call.lanes + place.c) * 4
 
 
 @compiled
@@ -322,7 +330,7 @@ def _forward_vector(kind, call, operands, place):
     row, a_state = call.padded * 4, call.lanes * 4
     h = place.h + place.vector * call.padded * WIDTH
     for s in range(0, call.padded, TOGETHER):
-        a_at = operands.rates + s * a_state + 4 * place.c
+        a_at = rates_of(call, place, s)
         _run_states(a_at, a_state, h + s * WIDTH, place.bc + 4 * s, row, place.dt, place.input, place.y, place.count)
     _store_states(call, place, h)
     _finish_forward(kind, call, operands, place)

@@ -14,24 +14,37 @@ from . import scan_adjoint_numba as adjoint
 from . import scan_kernels_numba as kernels
 from . import scan_one_state_numba as one_state
 from .eager import cast
-from .launch_numba import Fields, Layout, dense_float, float_bits, records
+from .launch_numba import Fields, Layout, float_bits, records
 from .launch_numba import unavailable as unavailable
 from .scan_reference import Direction, direction_of, operands_of
-from .threads import aligned_scratch, run_tasks
+from .threads import run_tasks, scratch
 from .vector_numba import BFLOAT16, FLOAT32, LANES
 
 _CALL, _DIRECTION, _PLACE = (Layout(kind) for kind in (kernels.CALL, kernels.DIRECTION, kernels.PLACE))
-_SCRATCH = _PLACE.places["h"]  # from this field of a place on, addresses in its scratch
 
 
 @functools.cache
-def _scratch(sizes: Callable[[int, int], dict[str, int]], blocks: int, padded: int) -> tuple[int, np.ndarray]:
-    """Return the bytes of a thread's scratch for some blocks, and a place's values with the scratch at address 0."""
-    place, size = Fields(_PLACE), 0
-    for field, of_field in sizes(blocks, padded).items():
-        place[field] = size
-        size += of_field
-    return size, np.array(place.values, np.int64)
+def _scratch_size(sizes: Callable[[int, int], dict[str, int]], blocks: int, padded: int) -> int:
+    """Return the bytes of a thread's scratch for some blocks."""
+    return sum(sizes(blocks, padded).values())
+
+
+@functools.lru_cache
+def _place(sizes: Callable[[int, int], dict[str, int]], blocks: int, padded: int, address: int) -> np.ndarray:
+    """Return the place of a thread whose scratch is at an address; no other thread has one there."""
+    place = Fields(_PLACE)
+    for field, size in sizes(blocks, padded).items():
+        place[field] = address
+        address += size
+    return records(_PLACE, place)
+
+
+def _all_bfloat16(directions: list[Direction], z: Tensor | None) -> bool:
+    """Return whether all tensors over tokens are bfloat16."""
+    wanted = torch.bfloat16
+    return all(f.u.dtype is f.delta.dtype is f.bc.dtype is wanted for f in directions) and (
+        z is None or z.dtype is wanted
+    )
 
 
 class _Launch:
@@ -44,38 +57,26 @@ class _Launch:
         self.images, self.tokens, self.channels = self.u.shape
         self.padded = kernels.padded_states(self.n)
         self.blocks, self.lanes = -(-self.channels // kernels.BLOCK), -(-self.channels // LANES) * LANES
-        dtypes = {x.dtype for f in directions for x in (f.u, f.delta, f.bc)} | ({z.dtype} if z is not None else set())
-        self.dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
-        self.kind = BFLOAT16 if self.dtype == torch.bfloat16 else FLOAT32
+        self.dtype, self.kind = torch.float32, FLOAT32
+        if _all_bfloat16(directions, z):
+            self.dtype, self.kind = torch.bfloat16, BFLOAT16
         self.call = Fields(
             _CALL,
-            images=self.images,
-            tokens=self.tokens,
-            channels=self.channels,
-            lanes=self.lanes,
-            blocks=self.blocks,
-            n=self.n,
-            padded=self.padded,
-            directions=len(directions),
-            softplus=softplus,
-            size=self.dtype.itemsize,
-            scale=float_bits(scale),
+            *(self.images, self.tokens, self.channels, self.lanes, self.blocks, self.n, self.padded),
+            *(len(directions), softplus, self.dtype.itemsize),
         )
+        self.call["scale"] = float_bits(scale)
+        self.call.point("rates", torch.empty(len(directions), self.padded, self.lanes, dtype=torch.float32))
         self.directions = []
         for f in directions:
-            fields = Fields(_DIRECTION, reverse=f.reverse)
-            fields.describe("u", f.u, self.dtype)
-            fields.describe("delta", f.delta, self.dtype)
-            fields.describe("bc", f.bc, self.dtype)
-            fields.point("A", dense_float(f.A))
-            fields.point("D", dense_float(f.D))
-            fields.point("delta_bias", dense_float(f.delta_bias))
-            fields.point("rates", torch.empty(self.padded, self.lanes, dtype=torch.float32))
+            fields = Fields(_DIRECTION, f.reverse)
+            fields.describe("u", self.dtype, f.u, f.delta, f.bc)
+            fields.point_dense("A", f.A, f.D, f.delta_bias)
             self.directions.append(fields)
         if z is not None:
-            self.call.describe("z", z, self.dtype)
+            self.call.describe("z", self.dtype, z)
         if mix is not None:
-            self.call.point("mix", dense_float(mix))
+            self.call.point_dense("mix", mix)
 
     def _keep_total(self, result: Tensor) -> None:
         """Give the sums of the directions before the last one a place: the result's own where it holds float32."""
@@ -91,12 +92,8 @@ class _Launch:
         kernels.transpose_rates(call, directions)
 
         def run_range(begin: int, end: int) -> None:
-            size, of_place = _scratch(scratch_sizes, min(self.blocks, end - begin), self.padded)
-            memory, address = aligned_scratch(size)
-            place = of_place.copy()
-            place[_SCRATCH:] += address
-            kernel(self.kind, call, directions, np.ndarray(1, _PLACE.kind, place), begin, end)
-            del memory
+            strip = scratch_sizes, min(self.blocks, end - begin), self.padded
+            kernel(self.kind, call, directions, _place(*strip, scratch(_scratch_size(*strip))), begin, end)
 
         run_tasks(run_range, self.images * self.blocks)
         return call, directions
@@ -104,9 +101,10 @@ class _Launch:
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the output and the states after each chunk."""
         shape = self.images, self.tokens, self.channels  # unpacked, sizes are read in half the time
-        out = self.call.point("out", torch.empty(*shape, dtype=self.dtype))
+        out = torch.empty(*shape, dtype=self.dtype)
         size = saved_size(self.tokens, self.channels, self.n, len(self.directions))
-        states = self.call.point("states", torch.empty(self.images, size, dtype=torch.float32))
+        states = torch.empty(self.images, size, dtype=torch.float32)
+        self.call.point("out", out, states)
         self._keep_total(out)
         if self.call["mix"] and len(self.directions) > 1:
             self.call.point("mixed", torch.empty(*shape, dtype=torch.float32))
@@ -118,27 +116,31 @@ class _Launch:
         """Return the gradients of each direction's six operands and of z."""
         call, count = self.call, len(self.directions)
         shape = self.images, self.tokens, self.channels
-        call.describe("grad", grad, self.dtype)
-        call.point("states", dense_float(states))  # hooks on saved tensors may have changed it
+        call.describe("grad", self.dtype, grad)
+        call.point_dense("states", states)  # hooks on saved tensors may have changed it
         blocks = self.images, self.blocks, count, self.tokens
-        call.point("sums", torch.empty(*blocks, 2, self.padded, dtype=torch.float32))
         # Sums over tokens per image, which the kernel adds to: those of A, then of D and of the bias of delta.
-        per_image = call.point("dA", torch.zeros(self.images * count, self.padded + 2, self.lanes, dtype=torch.float32))
+        per_image = torch.zeros(self.images * count, self.padded + 2, self.lanes, dtype=torch.float32)
+        call.point("sums", torch.empty(*blocks, 2, self.padded, dtype=torch.float32), per_image)
         call["dD"] = call["dA"] + self.images * count * self.padded * self.lanes * per_image.itemsize
         call["dbias"] = call["dD"] + self.images * count * self.lanes * per_image.itemsize
         dz = None
         if call["z"]:
-            dz = call.point("dz", torch.empty(*shape, dtype=self.dtype))
+            dz = torch.empty(*shape, dtype=self.dtype)
+            call.point("dz", dz)
             self._keep_total(dz)
         gradients = []
         for fields in self.directions:
-            du, ddelta = (fields.point(name, torch.empty(*shape, dtype=self.dtype)) for name in ("du", "ddelta"))
-            dbc = fields.point("dbc", torch.empty(self.images, self.tokens, 2 * self.n, dtype=self.dtype))
-            dA = fields.point("dA", torch.empty(self.channels, self.n, dtype=torch.float32))
-            dD, dbias = (
-                fields.point(name, torch.empty(self.channels, dtype=torch.float32)) for name in ("dD", "dbias")
-            )
-            gradients.append([du, ddelta, dbc, dA, dD, dbias])
+            of_direction = [
+                torch.empty(*shape, dtype=self.dtype),
+                torch.empty(*shape, dtype=self.dtype),
+                torch.empty(self.images, self.tokens, 2 * self.n, dtype=self.dtype),
+                torch.empty(self.channels, self.n, dtype=torch.float32),
+                torch.empty(self.channels, dtype=torch.float32),
+                torch.empty(self.channels, dtype=torch.float32),
+            ]
+            fields.point("du", *of_direction)
+            gradients.append(of_direction)
         of_n = one_state if self.n == 1 else adjoint
         ran = self._run(of_n.backward, of_n.backward_scratch)
         run_tasks(lambda begin, end: of_n.sum_blocks(self.kind, *ran, begin, end), self.images)

@@ -17,6 +17,7 @@ from .scan_kernels_numba import (
     enter_strip,
     enter_vector,
     load_weights,
+    rates_of,
     rows,
     stored_states,
     ungated_share,
@@ -70,7 +71,7 @@ def _copy_weights(call, operands, place):
     for vector in range(place.vectors):
         enter_vector(call, place, vector)
         at = place.weights + vector * _WEIGHTS
-        store(at, load(operands.rates + 4 * place.c))
+        store(at, load(rates_of(call, place, 0)))
         store(at + WIDTH, weight(operands.delta_bias, place))
         store(at + 2 * WIDTH, weight(operands.D, place))
 

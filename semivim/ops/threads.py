@@ -4,14 +4,23 @@ Plain threads rather than a second OpenMP pool: two pools spin against each othe
 """
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
-from torch import Tensor
 
 _LINE = 64  # bytes
 
+
+class _Scratch(threading.local):
+    """Memory of one thread."""
+
+    size, address, memory = 0, 0, np.empty(0, np.uint8)
+
+
+_scratch = _Scratch()
 _pools: dict[int, ThreadPoolExecutor] = {}
 # A forked child inherits the pool's object but none of its threads.
 if hasattr(os, "register_at_fork"):
@@ -36,7 +45,12 @@ def run_tasks(run: Callable[[int, int], None], count: int) -> None:
         other.result()
 
 
-def aligned_scratch(size: int) -> tuple[Tensor, int]:
-    """Return memory of a size in bytes and the address in it from which vectors lie in whole cache lines."""
-    memory = torch.empty(size + _LINE, dtype=torch.uint8)
-    return memory, -(-memory.data_ptr() // _LINE) * _LINE
+def scratch(size: int) -> int:
+    """Return the address of memory of a size in bytes, in whole cache lines, that is this thread's until it asks again.
+
+    Kept between calls: to allocate it anew costs the host as much as to start a kernel.
+    """
+    if size > _scratch.size:
+        _scratch.memory, _scratch.size = np.empty(size + _LINE, np.uint8), size
+        _scratch.address = -(-_scratch.memory.ctypes.data // _LINE) * _LINE
+    return _scratch.address

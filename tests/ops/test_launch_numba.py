@@ -14,7 +14,7 @@ KIND = record("a", "x", "x_image", "x_token", "b")
 
 def described(x, dtype):
     fields = Fields(Layout(KIND))
-    fields.describe("x", x, dtype)
+    fields.describe("x", dtype, x)
     return fields, fields.kept[0]
 
 
@@ -34,14 +34,35 @@ def test_rows_are_copied_only_where_their_last_dimension_is_not_dense():
     assert fields.values == [0, kept.data_ptr(), 2 * 40, 2 * 8, 0]
 
 
+def test_tensors_are_described_one_after_the_other():
+    fields = Fields(Layout(record("a", *(f"{x}{part}" for x in "xy" for part in ("", "_image", "_token")))), 5)
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 3).bfloat16()
+    fields.describe("x", torch.float32, x, y)
+    kept = fields.kept[1]
+    assert torch.equal(kept, y.float())
+    assert fields.values == [5, x.data_ptr(), 160, 32, kept.data_ptr(), 60, 12]
+
+
 def test_records_hold_the_values_of_their_fields_and_zeros():
     layout = Layout(KIND)
-    rows = records(layout, Fields(layout, b=1 << 40, a=-3), Fields(layout, x=7))
+    first, second = Fields(layout, -3), Fields(layout, 0, 7)
+    first["b"] = 1 << 40
+    rows = records(layout, first, second)
     assert [row.tolist() for row in rows] == [(-3, 0, 0, 0, 1 << 40), (0, 7, 0, 0, 0)]
 
 
-def test_a_field_points_to_a_tensor_that_it_keeps():
-    fields, x = Fields(Layout(KIND)), torch.randn(3)
-    assert fields.point("a", x) is x
-    fields["b"] = fields["a"]
-    assert fields.values == [x.data_ptr(), 0, 0, 0, x.data_ptr()] and fields.kept[0] is x
+def test_fields_point_to_tensors_that_they_keep():
+    fields, x, y = Fields(Layout(KIND)), torch.randn(3), torch.randn(2)
+    fields.point("x_image", x, y)
+    fields["b"] = fields["x_image"]
+    assert fields.values == [0, 0, x.data_ptr(), y.data_ptr(), x.data_ptr()]
+    assert fields.kept[0] is x and fields.kept[1] is y
+
+
+def test_what_is_not_dense_float32_is_copied_first():
+    fields, dense, strided, narrow = Fields(Layout(KIND)), torch.randn(3), torch.randn(6)[::2], torch.randn(3).half()
+    fields.point_dense("a", dense, strided, narrow)
+    assert fields.kept[0] is dense
+    for x, kept in zip((strided, narrow), fields.kept[1:], strict=True):
+        assert torch.equal(kept, x.float()) and kept.is_contiguous()
+    assert fields.values[:3] == [x.data_ptr() for x in fields.kept]

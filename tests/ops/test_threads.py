@@ -1,9 +1,11 @@
+import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from semivim.ops.threads import aligned_scratch, run_tasks
+from semivim.ops.threads import run_tasks, scratch
 
 
 @pytest.fixture(params=(1, 2, 3))
@@ -37,9 +39,15 @@ def test_an_error_in_any_thread_is_raised(threads):
         run_tasks(run, 8)
 
 
-def test_scratch_is_aligned_and_large_enough():
-    for size in (1, 64, 1000):
-        memory, address = aligned_scratch(size)
-        assert address % 64 == 0
-        assert memory.data_ptr() <= address
-        assert address + size <= memory.data_ptr() + memory.numel()
+def test_scratch_is_aligned_and_large_enough_and_a_threads_own():
+    def addresses():
+        return [scratch(size) for size in (100, 50, 100_000, 1)]
+
+    with ThreadPoolExecutor(1) as other:
+        theirs = other.submit(addresses).result()
+        ours = addresses()
+        assert all(address % 64 == 0 for address in ours + theirs)
+        assert ours[0] == ours[1] and ours[2] == ours[3]
+        assert abs(ours[2] - theirs[2]) >= 100_000
+        for address in (ours[2], theirs[2]):
+            (ctypes.c_uint8 * 100_000).from_address(address)[99_999] = 1
