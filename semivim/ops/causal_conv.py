@@ -2,7 +2,8 @@
 
 Dimensions: b images, l tokens, d channels, k taps. A backend is a module `conv_<name>` (listed in `backends.py`) with
 the functions of `conv_reference`, of the same signatures: `unavailable`, `forward` and `backward`. Outputs and
-gradients are contiguous, freshly allocated, in the dtype of what they belong to.
+gradients are contiguous, freshly allocated, in the dtype of what they belong to. `backward` writes the gradient of x to
+its last argument where it gets one: columns of contiguous rows, in the dtype of x.
 """
 
 import torch

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .cuda_call import Context
 from .cuda_call import unavailable as unavailable
+from .eager import deliver
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -43,13 +44,18 @@ def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
 
 
 def backward(
-    grads: list[Tensor], x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
+    grads: list[Tensor],
+    x: Tensor,
+    weights: list[tuple[Tensor, Tensor]],
+    reverse: list[bool],
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return the gradients of x and of each direction's weight and bias."""
-    dx, gradients = [], []
+    of_directions, gradients = [], []
     for grad, (weight, bias), back in zip(grads, weights, reverse, strict=True):
         _, context = _forward(_oriented(x, back), weight, bias)
         dx_k, dweight, dbias, *_ = CausalConv1dFn.backward(context, _rows(_oriented(grad, back)))
-        dx.append(_oriented(dx_k.transpose(1, 2), back).float())
+        of_directions.append(_oriented(dx_k.transpose(1, 2), back).float())
         gradients.append((dweight[:, None], dbias.to(bias.dtype)))
-    return sum(dx[1:], dx[0]).to(x.dtype, copy=True, memory_format=torch.contiguous_format), gradients
+    of_x = sum(of_directions[1:], of_directions[0]).to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+    return deliver(of_x, x.dtype, dx), gradients

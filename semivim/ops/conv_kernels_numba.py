@@ -39,8 +39,8 @@ KEPT = 2 * (BACK + SUMS)  # vectors that a backward keeps from one run of steps 
 # gradients are 0; weights, biases and their gradients are dense float32. `sums` holds float32 sums over tokens, by
 # image, direction and tap, the bias last: (images, 2, SUMS, lanes).
 CALL = record(
-    *("images", "tokens", "channels", "lanes", "blocks", "taps", "size", "dx", "sums", SOURCE),
-    *(f"{name}{part}" for name in ("x", "grad", "grad_b") for part in ("", "_image", "_token")),
+    *("images", "tokens", "channels", "lanes", "blocks", "taps", "size", "sums", SOURCE),
+    *(f"{name}{part}" for name in ("x", "grad", "grad_b", "dx") for part in ("", "_image", "_token")),
     *(f"{name}{end}" for end in ("", "_b") for name in ("weight", "bias", "u", "dweight", "dbias")),
 )
 
@@ -163,7 +163,7 @@ def _backward_steps(kind, call, image, c, packed, kept, first, last):
     x = call.x + image * call.x_image + c * call.size
     grad = call.grad + image * call.grad_image + c * call.size
     grad_b = call.grad_b + image * call.grad_b_image + c * call.size
-    dx, row = call.dx + (image * call.tokens * call.channels + c) * call.size, call.channels * call.size
+    dx, row = call.dx + image * call.dx_image + c * call.size, call.dx_token
     x0, x1, x2 = _tokens_before(kind, call, x, first, lanes)
     a1, a2, a3, b1, b2 = _five(kept, WIDTH)
     b3, sums = load(kept + 5 * WIDTH), kept + 2 * BACK * WIDTH

@@ -109,9 +109,11 @@ def _add_products(sums, own, window, k: tl.constexpr, BACK: tl.constexpr):
 def conv_backward(  # noqa: C901, PLR0913
     dx, dweights, grad, grad_b, x, weight, weight_b, bias, bias_b, x_image, x_token, l, segment,
     d: tl.constexpr, TAPS: tl.constexpr, AHEAD: tl.constexpr, BACK: tl.constexpr,
-    BLOCK_D: tl.constexpr, T: tl.constexpr,
+    BLOCK_D: tl.constexpr, T: tl.constexpr, DX_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Write dx ``(b, l, d)`` and a share of the weights' gradients, ``(directions, shares, TAPS + 1, d)``, bias last.
+    """Write dx ``(b, l, d)``, its rows DX_ROW apart, and a share of the weights' gradients.
+
+    These are ``(directions, shares, TAPS + 1, d)``, the bias last.
 
     Row m finishes the gradients before SiLU own[m] (of u) and own_b[m - LAST] (of u_b), and dx[m - LAST].
     """
@@ -123,7 +125,7 @@ def conv_backward(  # noqa: C901, PLR0913
     high = tl.minimum(l, low + segment)
     zero = tl.zeros((BLOCK_D,), tl.float32)
     x += image * x_image + channel
-    dx += image * l * d + channel
+    dx += image * l * DX_ROW + channel
     own, own_b, sums, sums_b = (), (), (), ()
     for _ in tl.static_range(LAST):
         own, own_b = own + (zero,), own_b + (zero,)
@@ -160,7 +162,7 @@ def conv_backward(  # noqa: C901, PLR0913
                 for j in tl.static_range(TAPS):
                     total += taps_b[j] * own_b[k + j]
                 sums_b = _add_products(sums_b, tl.where(ours, own_b[k + LAST], 0.0), window, k, True)
-            tl.store(dx + done * d, total, mask=here & (done >= low) & (done < high))
+            tl.store(dx + done * DX_ROW, total, mask=here & (done >= low) & (done < high))
         window = window[T:]
         own = own[T:] if AHEAD else own
         own_b = own_b[T:] if BACK else own_b

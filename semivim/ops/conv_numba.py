@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import conv_kernels_numba as kernels
 from . import conv_reference
-from .eager import cast
+from .eager import cast, deliver
 from .launch_numba import Fields, Layout, records
 from .launch_numba import unavailable as unavailable
 from .threads import run_tasks, scratch
@@ -64,11 +64,15 @@ def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
 
 
 def backward(
-    grads: list[Tensor], x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
+    grads: list[Tensor],
+    x: Tensor,
+    weights: list[tuple[Tensor, Tensor]],
+    reverse: list[bool],
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return the gradients of x and of each direction's weight and bias."""
     if weights[0][0].shape[2] > kernels.TAPS:
-        return conv_reference.backward(grads, x, weights, reverse)
+        return conv_reference.backward(grads, x, weights, reverse, dx)
     dtype = _kernel_dtype(x)
     fields = _fields(x, weights, reverse, dtype)
     gradients = []
@@ -79,9 +83,10 @@ def backward(
         dbias = torch.empty(*bias.shape, dtype=torch.float32)
         fields.point("dweight" + end, dweight, dbias)
         gradients.append((dweight, dbias))
-    dx = torch.empty(*x.shape, dtype=dtype)
-    fields.point("dx", dx, torch.empty(x.shape[0], 2, kernels.SUMS, fields["lanes"], dtype=torch.float32))
+    of_x = torch.empty(*x.shape, dtype=dtype) if dx is None or dx.dtype is not dtype else dx
+    fields.describe("dx", dtype, of_x)
+    fields.point("sums", torch.empty(x.shape[0], 2, kernels.SUMS, fields["lanes"], dtype=torch.float32))
     call = _run(kernels.backward, fields, kernels.backward_scratch())
     kernels.sum_images(call)
     like_weights = [(cast(dw, w.dtype), cast(db, b.dtype)) for (dw, db), (w, b) in zip(gradients, weights, strict=True)]
-    return cast(dx, x.dtype), like_weights
+    return deliver(of_x, x.dtype, dx), like_weights

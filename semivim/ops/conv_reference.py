@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .eager import deliver
+
 
 def unavailable(device: torch.device) -> str | None:  # noqa: ARG001
     """Return why this backend cannot run on a device; the reference always can."""
@@ -41,12 +43,16 @@ def forward(x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
 
 
 def backward(
-    grads: list[Tensor], x: Tensor, weights: list[tuple[Tensor, Tensor]], reverse: list[bool]
+    grads: list[Tensor],
+    x: Tensor,
+    weights: list[tuple[Tensor, Tensor]],
+    reverse: list[bool],
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return the gradients of x and of each direction's weight and bias, for those of the outputs."""
     tokens, taps = x.shape[1], weights[0][0].shape[2]
     padded = _padded(x, taps)
-    dx = torch.zeros_like(padded)
+    dpadded = torch.zeros_like(padded)
     gradients = []
     for grad, (weight, bias), back in zip(grads, weights, reverse, strict=True):
         c = _convolve(padded, weight, bias, back, tokens)
@@ -55,6 +61,6 @@ def backward(
         dweight = torch.empty(weight.shape, dtype=padded.dtype, device=weight.device)
         for j, row in enumerate(_first_rows(taps, back)):
             dweight[:, 0, j] = (dc * padded[:, row : row + tokens]).sum((0, 1))
-            dx[:, row : row + tokens] += dc * weight[:, 0, j].to(padded.dtype)
+            dpadded[:, row : row + tokens] += dc * weight[:, 0, j].to(padded.dtype)
         gradients.append((dweight.to(weight.dtype), dc.sum((0, 1)).to(bias.dtype)))
-    return dx[:, taps - 1 : taps - 1 + tokens].to(x.dtype).contiguous(), gradients
+    return deliver(dpadded[:, taps - 1 : taps - 1 + tokens].contiguous(), x.dtype, dx), gradients

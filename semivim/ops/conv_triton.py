@@ -65,7 +65,11 @@ def forward(x: Tensor, weights: Weights, reverse: list[bool]) -> list[Tensor]:
 
 
 def backward(
-    grads: list[Tensor], x: Tensor, weights: Weights, reverse: list[bool]
+    grads: list[Tensor],
+    x: Tensor,
+    weights: Weights,
+    reverse: list[bool],
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return the gradients of x and of each direction's weight and bias, for those of the outputs."""
     x, read, (ahead, back) = _read(x, weights, reverse)
@@ -73,13 +77,14 @@ def backward(
     grads = [g.contiguous() for g in grads]
     constants = _constants(weights, reverse)
     taps, segments = constants["TAPS"], ceil_div(l, SEGMENT)
-    dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
+    if dx is None:
+        dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
     shares = torch.empty((len(reverse), b * segments, taps + 1, d), dtype=torch.float32, device=x.device)
     launch(
         kernels.conv_backward, (segments, ceil_div(d, BACKWARD_CHANNELS), b),
         dx, shares, grads[ahead], grads[back], x, *read, *x.stride()[:2], l, SEGMENT,
-        **constants, BLOCK_D=BACKWARD_CHANNELS, T=AHEAD, options=ONE_WARP,
-        specialized=alignment([x, grads[ahead], grads[back]], x.stride()[:2]),
+        **constants, BLOCK_D=BACKWARD_CHANNELS, T=AHEAD, DX_ROW=dx.stride(1), options=ONE_WARP,
+        specialized=alignment([dx, x, grads[ahead], grads[back]], x.stride()[:2]),
     )  # fmt: skip
     # One kernel writes the gradients of both directions.
     weight_dtype, bias_dtype = (torch.promote_types(read[k].dtype, read[k + 1].dtype) for k in (0, 2))

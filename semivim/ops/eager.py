@@ -16,6 +16,13 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype else x.to(dtype)
 
 
+def deliver(x: Tensor, dtype: torch.dtype, into: Tensor | None) -> Tensor:
+    """Return a result in a dtype, or in the memory that is meant for it."""
+    if into is None:
+        return cast(x, dtype)
+    return x if x is into else into.copy_(x)
+
+
 def is_eager(x: Tensor) -> bool:
     """Return whether an operation on x runs at once and nothing else looks at it.
 

@@ -144,15 +144,17 @@ class _Mixer(torch.autograd.Function):
         if not _keeps_convolved(xz):
             us = conv.forward(x, taps, reverse)
         directions = [_direction(u, dbc, w, back) for u, dbc, w, back in zip(us, dbcs, weights, reverse, strict=True)]
-        gradients, dz = scan.backward(grad, directions, z, mix, ctx.scale, True, saved)
+        dxz = torch.empty(*xz.shape, dtype=xz.dtype, device=xz.device)
+        dx, dz = dxz.chunk(2, -1)
+        gradients, _ = scan.backward(grad, directions, z, mix, ctx.scale, True, saved, dz)
         dus, of_weights = [], []
         for f, of, dbc, w in zip(directions, gradients, dbcs, weights, strict=True):
             du, dx_proj, ddt_proj = _projections_backward(f, of, dbc, w)
             dus.append(du)
             of_weights.append([dx_proj, ddt_proj, of.delta_bias, cast(of.A * f.A, w.A_log.dtype), of.D])
-        dx, of_conv = conv.backward(dus, x, taps, reverse)
+        _, of_conv = conv.backward(dus, x, taps, reverse, dx)
         flat = [g for pair, rest in zip(of_conv, of_weights, strict=True) for g in (*pair, *rest)]
-        return torch.cat([dx, dz], -1), None, None, None, *flat
+        return dxz, None, None, None, *flat
 
 
 def _by_ops(

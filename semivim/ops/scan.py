@@ -6,7 +6,8 @@ and ``(b, l, 2n)``; only `selective_scan` takes mamba-ssm's ``(b, d, l)`` and pa
 A backend is a module `scan_<name>` (listed in `backends.py`) with the functions of `scan_reference`, of the same
 signatures: `unavailable`, `saved_size`, `forward` and `backward`. Tensors come with any strides and may mix dtypes;
 b, l and n are at least 1. Outputs and gradients are contiguous, freshly allocated, in the dtype of what they belong to,
-and every element is written. `forward` also returns what its own `backward` needs, ``(b, saved_size(...))`` in
+and every element is written. `backward` writes the gradient of z to its last argument where it gets one: columns of
+contiguous rows, in the dtype of z. `forward` also returns what its own `backward` needs, ``(b, saved_size(...))`` in
 `state_dtype`: flat, because a dimension that is 1 for short inputs would tie an exported program to the length it saw.
 """
 

@@ -273,8 +273,8 @@ def _differentiate_gate(kind, call, place, y):
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), step * call.z_token
     grad = rows(call.grad, call.grad_image, call.grad_token, place, call.size)
     grad_step = step * call.grad_token
-    dz, dz_step = dense_rows(call, call.dz, place, call.size), step * call.channels * call.size
-    total_at, total_step = dense_rows(call, call.total, place, 4), step * call.channels * 4
+    dz, dz_step = rows(call.dz, call.dz_image, call.dz_token, place, call.size), step * call.dz_token
+    total_at, total_step = rows(call.total, call.total_image, call.total_token, place, 4), step * call.total_token
     for _ in range(place.count):
         write_gate_gradient(kind, call, place, lanes, load(y), total_at, z, grad, dz)
         y += WIDTH

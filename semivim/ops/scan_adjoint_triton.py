@@ -132,6 +132,7 @@ def scan_backward(  # noqa: C901, PLR0913, PLR0915
     u_image, u_token, delta_image, delta_token, z_image, z_token, saved_image, l, l_pad, segment, reverse, scale,
     d: tl.constexpr, n: tl.constexpr, STATES: tl.constexpr, PAIR: tl.constexpr, SOFTPLUS: tl.constexpr,
     KEEP: tl.constexpr, CHUNK: tl.constexpr, STATE_LANES: tl.constexpr, REPEATS: tl.constexpr, GROUP: tl.constexpr,
+    DZ_ROW: tl.constexpr,
 ):  # fmt: skip
     """One segment of one direction, against the direction of the scan.
 
@@ -142,6 +143,7 @@ def scan_backward(  # noqa: C901, PLR0913, PLR0915
     b segments, .)``; notes, scratch for each program; saved, states ``(directions, borders, n, d)`` and, for a pair,
     y ``(l, d)``, which is computed for a single direction; entry, g ``(b, directions, segments, n, d)`` that enters the
     segments, read only if there are several. GROUP tokens' gradients of [B | C] are summed over the lanes together.
+    Rows of dz lie DZ_ROW apart.
     """
     DIRECTIONS: tl.constexpr = 2 if PAIR else 1
     SPAN: tl.constexpr = LANES // STATE_LANES
@@ -196,7 +198,7 @@ def scan_backward(  # noqa: C901, PLR0913, PLR0915
     grad, du, ddelta = grad + at, du + at, ddelta + at
     if GATED:
         z += image * z_image
-        dz += at
+        dz += image * l * DZ_ROW
     borders = tl.cdiv(l, KEEP) - 1
     saved += image * saved_image
     y = saved + 2 * borders * (n * d)
@@ -262,7 +264,7 @@ def scan_backward(  # noqa: C901, PLR0913, PLR0915
                             exists = here & (t < l)
                             dgate = own * slope * (1 + gate * (1 - slope))
                             dgate *= tl.load(y + (t * d + channel), mask=exists, other=0)
-                            tl.store(dz + (t * d + channel), dgate, mask=exists)
+                            tl.store(dz + (t * DZ_ROW + channel), dgate, mask=exists)
                 dys = dys + (dy,)
                 if mix is not None:
                     dy += weight * own
@@ -340,7 +342,7 @@ def scan_backward(  # noqa: C901, PLR0913, PLR0915
                     gate = gates[m].to(tl.float32)
                     slope = sigmoid(gate)
                     own = scale * grads[m].to(tl.float32)
-                    tl.store(dz + (t * d + channel), own * total * slope * (1 + gate * (1 - slope)), mask=exists)
+                    tl.store(dz + (t * DZ_ROW + channel), own * total * slope * (1 + gate * (1 - slope)), mask=exists)
                 sum_dD += dy * x
                 sum_dbias += tl.where(exists, draw, 0.0)
                 tl.store(du + (t * d + channel), into * dt_all + skip * dy, mask=exists)

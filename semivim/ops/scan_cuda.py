@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .cuda_call import Context
 from .cuda_call import unavailable as unavailable
+from .eager import deliver
 from .scan_reference import Direction, direction_of, operands_of
 
 
@@ -113,19 +114,20 @@ def backward(
     scale: float,
     delta_softplus: bool,
     saved: Tensor,  # noqa: ARG001
+    dz: Tensor | None = None,
 ) -> tuple[list[Direction], Tensor | None]:
     """Return the gradients of each direction's operands and of z; mix has none."""
     scan = _scan_of(directions, delta_softplus)
     dout = scale * grad.float()
-    dy, dz = dout, None
+    dy, of_z = dout, None
     if z is not None:
         y = _read_out(scan.s, directions)
         dy = dout * F.silu(z.float())
-        dz = _as(torch.ops.aten.silu_backward(dout * y, z.float()), z)
+        of_z = deliver(_as(torch.ops.aten.silu_backward(dout * y, z.float()), z), z.dtype, dz)
     ds = [dy if mix is None else dy + dout * _weight(mix, k) for k in range(len(directions))]
     gradients = []
     for f, (du, ddelta, dA, dB, dC, dbias) in zip(directions, scan.backward(ds), strict=True):
         of = du + f.D.float() * dy, ddelta, torch.cat((dB, dC), -1), dA, (dy * f.u).sum((0, 1)), dbias
         like_operands = (_as(g, x) for g, x in zip(of, operands_of(f), strict=True))
         gradients.append(direction_of(like_operands, f.reverse))
-    return gradients, dz
+    return gradients, of_z

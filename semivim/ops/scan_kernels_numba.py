@@ -49,12 +49,14 @@ DIRECTION = record(
 )
 # What all directions share; z and mix are 0 where absent. `rates`: log2(e) A of every direction, transposed to (n, d)
 # and padded with zeros to `padded` states and whole vectors. `total` and `mixed`: float32 (b, l, d), what the
-# directions before the last one add to the gated and to the ungated sum. `sums`: float32 sums of the gradients of bc
-# over each block's channels, (b, blocks, directions, l, 2, padded). dA, dD, dbias: float32 sums over tokens per image.
+# directions before the last one add to the gated and to the ungated sum; `mixed` is dense. `sums`: float32 sums of the
+# gradients of bc over each block's channels, (b, blocks, directions, l, 2, padded). dA, dD, dbias: float32 sums over
+# tokens per image.
 CALL = record(
     *("images", "tokens", "channels", "lanes", "blocks", "n", "padded", "directions", "softplus", "size"),
-    *("rates", "mix", "z", "z_image", "z_token", "out", "states", "grad", "grad_image", "grad_token", "dz"),
-    *("total", "mixed", "sums", "dA", "dD", "dbias", SOURCE),
+    *("rates", "mix", "z", "z_image", "z_token", "out", "states"),
+    *(f"{tensor}{part}" for tensor in ("grad", "dz", "total") for part in ("", "_image", "_token")),
+    *("mixed", "sums", "dA", "dD", "dbias", SOURCE),
     scale=np.float64,
 )
 # Where a thread is, and its scratch. The strip is `blocks` blocks, `vectors` vectors from `first_block` on.
@@ -250,7 +252,7 @@ def _prepare_forward(kind, call, operands, place):
     delta = rows(operands.delta, operands.delta_image, operands.delta_token, place, call.size)
     delta_step = place.step * operands.delta_token
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), place.step * call.z_token
-    total, total_step = dense_rows(call, call.total, place, 4), place.step * call.channels * 4
+    total, total_step = rows(call.total, call.total_image, call.total_token, place, 4), place.step * call.total_token
     next_u = next_delta = LANES * call.size
     if place.vector + 1 == place.vectors:
         next_u = CHUNK * u_step - place.vector * LANES * call.size
@@ -307,8 +309,8 @@ def _finish_forward(kind, call, operands, place):
     u, u_step = rows(operands.u, operands.u_image, operands.u_token, place, call.size), step * operands.u_token
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), step * call.z_token
     out, out_step = dense_rows(call, call.out, place, call.size), step * call.channels * call.size
-    kept, kept_step = dense_rows(call, 0, place, 4), step * call.channels * 4
-    total_at, mixed_at = call.total + kept, call.mixed + kept
+    total_at, total_step = rows(call.total, call.total_image, call.total_token, place, 4), step * call.total_token
+    mixed_at, mixed_step = dense_rows(call, call.mixed, place, 4), step * call.channels * 4
     first, last = place.direction == 0, place.direction + 1 == call.directions
     gated, mixed, scale = call.z != 0, call.mix != 0, splat(call.scale)
     for _ in range(place.count):
@@ -319,8 +321,8 @@ def _finish_forward(kind, call, operands, place):
         u += u_step
         z += z_step
         out += out_step
-        total_at += kept_step
-        mixed_at += kept_step
+        total_at += total_step
+        mixed_at += mixed_step
 
 
 @compiled

@@ -21,6 +21,7 @@ LANES = tl.constexpr(32)  # of a warp
 # Integers whose value, and tensors whose alignment, make no other kernel.
 OPERANDS = (
     *("u", "u_b", "delta", "delta_b", "A", "A_b", "D", "D_b", "bias", "bias_b", "z", "mix", "grad", "saved", "entry"),
+    "dz",
 )
 INTEGERS = (
     *("u_image", "u_token", "delta_image", "delta_token", "z_image", "z_token", "bc_image", "bc_token", "bc_state"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import scan_adjoint_numba as adjoint
 from . import scan_kernels_numba as kernels
 from . import scan_one_state_numba as one_state
-from .eager import cast
+from .eager import cast, deliver
 from .launch_numba import Fields, Layout, float_bits, records
 from .launch_numba import unavailable as unavailable
 from .scan_reference import Direction, direction_of, operands_of
@@ -82,7 +82,7 @@ class _Launch:
         """Give the sums of the directions before the last one a place: the result's own where it holds float32."""
         if len(self.directions) > 1:
             wide = torch.float32
-            self.call.point("total", result if self.dtype == wide else torch.empty(*result.shape, dtype=wide))
+            self.call.describe("total", wide, result if self.dtype == wide else torch.empty(*result.shape, dtype=wide))
 
     def _run(
         self, kernel: Callable[..., None], scratch_sizes: Callable[[int, int], dict[str, int]]
@@ -112,8 +112,8 @@ class _Launch:
         self._run(of_n.forward, of_n.forward_scratch)
         return cast(out, self.u.dtype), states
 
-    def backward(self, grad: Tensor, states: Tensor) -> tuple[list[list[Tensor]], Tensor | None]:
-        """Return the gradients of each direction's six operands and of z."""
+    def backward(self, grad: Tensor, states: Tensor, dz: Tensor | None) -> tuple[list[list[Tensor]], Tensor | None]:
+        """Return the gradients of each direction's six operands and of z, that one in dz if it can hold it."""
         call, count = self.call, len(self.directions)
         shape = self.images, self.tokens, self.channels
         call.describe("grad", self.dtype, grad)
@@ -124,10 +124,10 @@ class _Launch:
         call.point("sums", torch.empty(*blocks, 2, self.padded, dtype=torch.float32), per_image)
         call["dD"] = call["dA"] + self.images * count * self.padded * self.lanes * per_image.itemsize
         call["dbias"] = call["dD"] + self.images * count * self.lanes * per_image.itemsize
-        dz = None
         if call["z"]:
-            dz = torch.empty(*shape, dtype=self.dtype)
-            call.point("dz", dz)
+            if dz is None or dz.dtype is not self.dtype:
+                dz = torch.empty(*shape, dtype=self.dtype)
+            call.describe("dz", self.dtype, dz)
             self._keep_total(dz)
         gradients = []
         for fields in self.directions:
@@ -168,11 +168,12 @@ def backward(
     scale: float,
     delta_softplus: bool,
     saved: Tensor,
+    dz: Tensor | None = None,
 ) -> tuple[list[Direction], Tensor | None]:
     """Return the gradients of each direction's operands and of z; mix has none."""
-    gradients, dz = _Launch(directions, z, mix, scale, delta_softplus).backward(grad, saved)
+    gradients, of_z = _Launch(directions, z, mix, scale, delta_softplus).backward(grad, saved, dz)
     of_directions = [
         direction_of((cast(g, x.dtype) for g, x in zip(of, operands_of(f), strict=True)), f.reverse)
         for of, f in zip(gradients, directions, strict=True)
     ]
-    return of_directions, None if dz is None or z is None else cast(dz, z.dtype)
+    return of_directions, None if of_z is None or z is None else deliver(of_z, z.dtype, dz)

@@ -94,11 +94,12 @@ def _forward_chunk(kind, call, operands, place):
     delta_step = step * operands.delta_token
     z, z_step = rows(call.z, call.z_image, call.z_token, place, call.size), step * call.z_token
     out, out_step = dense_rows(call, call.out, place, call.size), step * call.channels * call.size
-    kept, kept_step = dense_rows(call, 0, place, 4), step * call.channels * 4
+    total_at, total_step = rows(call.total, call.total_image, call.total_token, place, 4), step * call.total_token
+    mixed_at, mixed_step = dense_rows(call, call.mixed, place, 4), step * call.channels * 4
     first, last = place.direction == 0, place.direction + 1 == call.directions
     gated, mixed, scale, apply_softplus = call.z != 0, call.mix != 0, splat(call.scale), call.softplus
     size, vectors, channels = call.size, place.vectors, call.channels - place.c
-    total_at, mixed_at, states, bc = call.total + kept, call.mixed + kept, place.h, place.bc
+    states, bc = place.h, place.bc
     for _ in range(place.count):
         b, c, weights = splat_at(bc), splat_at(bc + call.padded * 4), place.weights
         for vector in range(vectors):
@@ -120,8 +121,8 @@ def _forward_chunk(kind, call, operands, place):
         delta += delta_step
         z += z_step
         out += out_step
-        total_at += kept_step
-        mixed_at += kept_step
+        total_at += total_step
+        mixed_at += mixed_step
         bc += 2 * call.padded * 4
 
 
@@ -186,7 +187,9 @@ def _adjoint_token(kind, call, operands, place, k, block, share):
     u = operands.u + place.image * operands.u_image + token * operands.u_token + channel
     z = call.z + place.image * call.z_image + token * call.z_token + channel
     grad = call.grad + place.image * call.grad_image + token * call.grad_token + channel
-    dense = (place.image * call.tokens + token) * call.channels + place.c
+    dz = call.dz + place.image * call.dz_image + token * call.dz_token + channel
+    total_at = call.total + place.image * call.total_image + token * call.total_token + place.c * 4
+    dense = ((place.image * call.tokens + token) * call.channels + place.c) * size
     bc = place.bc + k * 4 * call.padded * 2
     b, c = splat_at(bc), splat_at(bc + call.padded * 4)
     of_direction = place.image * call.directions + place.direction
@@ -202,17 +205,8 @@ def _adjoint_token(kind, call, operands, place, k, block, share):
         if call.z:
             gate = load_lanes(kind, z + at, lanes)
             gated = dy * (gate * sigmoid(gate))
-            write_gate_gradient(
-                kind,
-                call,
-                place,
-                lanes,
-                state * c + skip * x,
-                call.total + dense * 4 + wide,
-                z + at,
-                grad + at,
-                call.dz + dense * size + at,
-            )
+            read_out = state * c + skip * x
+            write_gate_gradient(kind, call, place, lanes, read_out, total_at + wide, z + at, grad + at, dz + at)
         dy = gated + dy * share
         g = load(place.h + wide) + dy * c
         dB = dB + g * (dt * x)
@@ -223,8 +217,8 @@ def _adjoint_token(kind, call, operands, place, k, block, share):
         change = g * load(kept - row + 3 * WIDTH)
         accumulate(dA + wide, change * dt)
         change = (change * load(weights) * splat(LN_2) + dinput * x) * load(kept + WIDTH)
-        stream_lanes(kind, operands.du + dense * size + at, lanes, dinput * dt + skip * gated)
-        stream_lanes(kind, operands.ddelta + dense * size + at, lanes, change)
+        stream_lanes(kind, operands.du + dense + at, lanes, dinput * dt + skip * gated)
+        stream_lanes(kind, operands.ddelta + dense + at, lanes, change)
         accumulate(call.dD + of_channels + wide, gated * x)
         accumulate(call.dbias + of_channels + wide, change)
     of_block = (place.image * call.blocks + place.first_block + block) * call.directions + place.direction

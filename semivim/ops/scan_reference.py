@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .eager import deliver
+
 # Tokens between two stored states. A forward returns, beside its output, the state after each chunk, so that a backward
 # recomputes a chunk at a time.
 CHUNK = 64
@@ -176,6 +178,7 @@ def backward(
     scale: float,
     delta_softplus: bool,
     saved: Tensor,  # noqa: ARG001
+    dz: Tensor | None = None,
 ) -> tuple[list[Direction], Tensor | None]:
     """Return the gradients of each direction's operands and of z; mix has none."""
     wide = state_dtype(directions[0].u)
@@ -195,7 +198,7 @@ def backward(
         of_direction = (du + x.D * dy, ddelta, dbc, dA, dD, dbias)
         like_operands = (_as(g, operand) for g, operand in zip(of_direction, operands_of(f), strict=True))
         gradients.append(direction_of(like_operands, f.reverse))
-    dz = None
+    of_z = None
     if z is not None and gate is not None:
-        dz = _as(torch.ops.aten.silu_backward(dout * total, gate), z)
-    return gradients, dz
+        of_z = deliver(_as(torch.ops.aten.silu_backward(dout * total, gate), z), z.dtype, dz)
+    return gradients, of_z

@@ -248,6 +248,7 @@ def backward(
     scale: float,
     delta_softplus: bool,
     saved: Tensor,
+    dz: Tensor | None = None,
 ) -> tuple[list[Direction], Tensor | None]:
     """Return the gradients of the directions' operands and of z for the gradient of the output.
 
@@ -265,7 +266,8 @@ def backward(
         [torch.empty(shape, dtype=y.dtype, device=device) for shape, y in zip(shapes, read, strict=True)]
         for _ in directions
     ]
-    dz = None if z is None else torch.empty((b, l, d), dtype=z.dtype, device=device)
+    if z is not None and dz is None:
+        dz = torch.empty((b, l, d), dtype=z.dtype, device=device)
     rows = _rows(x, plan)
     blocks = ceil_div(d, layout.channels)
     segment = segment_of(plan.padded, b * blocks * count)
@@ -282,7 +284,7 @@ def backward(
         f[0], g[0], f[1], g[1], dz, drows, dweights, notes, grad, saved, entry, rows, *x.pointers,
         *x.strides, saved.stride(0), l, plan.padded, segment, x.reverse, scale,
         **plan.constants, KEEP=KEEP, CHUNK=layout.chunk, STATE_LANES=layout.lanes, REPEATS=layout.repeats,
-        GROUP=layout.group, options=_options(1, BACKWARD_REGISTERS, plan),
+        GROUP=layout.group, DZ_ROW=d if dz is None else dz.stride(1), options=_options(1, BACKWARD_REGISTERS, plan),
     )  # fmt: skip
     programs = count * (b * ceil_div(l, SUM_TOKENS) + ceil_div(d * (n + 2), SUM_COLUMNS))
     launch(

@@ -4,8 +4,10 @@ import torch
 from semivim.layers import BidirectionalMamba, mamba
 from semivim.ops import mixer as mixer_ops
 from semivim.ops import scan_numba, use_backend
+from semivim.ops.backends import choose
 from semivim.ops.mixer import DirectionWeights, decay_rate, mix_tokens
-from tests.ops.scan_cases import BACKENDS
+from tests.ops.conv_cases import conv_inputs, pairs
+from tests.ops.scan_cases import BACKENDS, bidirectional_inputs, directions_of
 from tests.tolerance import assert_close
 
 BATCH, TOKENS, DIM = 3, 70, 8
@@ -163,6 +165,26 @@ def test_another_default_dtype_changes_nothing():
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("n", (1, 4))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_write_gradients_of_x_and_z_where_they_are_told(backend, n, dtype):
+    tokens = 3 if backend == "triton" else 35  # the interpreter is slow
+    inputs = bidirectional_inputs(2, tokens, 20, n, dtype)
+    directions, weights = directions_of(inputs), list(conv_inputs(2, tokens, 20).values())[1:]
+    grads, place = torch.randn(2, 2, tokens, 20).to(dtype).unbind(), (inputs["u"].device, dtype)
+    scan, conv = choose("scan", backend, *place), choose("conv", backend, *place)
+    _, saved = scan.forward(directions, inputs["z"], None, 0.5, True)
+    of_scan = grads[0], directions, inputs["z"], None, 0.5, True, saved
+    of_conv = grads, inputs["u"], pairs(*weights), [False, True]
+    for backward, arguments, place in ((scan.backward, of_scan, 1), (conv.backward, of_conv, 0)):
+        rows = torch.full((2, tokens, 60), torch.nan, dtype=dtype)
+        half = rows[..., 20:40]
+        expected, written = backward(*arguments)[place], backward(*arguments, half)[place]
+        assert written is half and torch.equal(half, expected) and expected.is_contiguous()
+        assert rows[..., :20].isnan().all() and rows[..., 40:].isnan().all()
+
+
 @pytest.mark.parametrize("field", DirectionWeights._fields)
 def test_a_weight_of_another_shape_is_named(field):
     mixer, xz = make_mixer(), torch.randn(BATCH, TOKENS, 4 * DIM)
@@ -170,6 +192,15 @@ def test_a_weight_of_another_shape_is_named(field):
     wrong = getattr(backward, field)[1:]
     with pytest.raises(ValueError, match=r"must be \(.*\), got \(.*\)"):
         mix_tokens(xz, [forward, backward._replace(**{field: wrong})], [False, True])
+
+
+def test_directions_of_unlike_states_are_refused():
+    (forward, _), (_, other) = (
+        make_mixer()._weights(("", "_b")),
+        BidirectionalMamba(DIM, d_state=5)._weights(("", "_b")),
+    )
+    with pytest.raises(ValueError, match=r"x_proj must be \(9, 16\), got \(11, 16\)"):
+        mix_tokens(torch.randn(BATCH, TOKENS, 4 * DIM), [forward, other], [False, True])
 
 
 def test_second_derivatives_under_autocast():

@@ -29,6 +29,11 @@ def test_through_the_op_in_the_interpreter():
 
 
 @compiled
+def test_gradients_in_the_place_of_the_mixer_in_the_interpreter():
+    run_in_interpreter(__file__.replace("scan_triton", "mixer"), "-k", "triton and told and 4-torch.float32")
+
+
+@compiled
 def test_reason_without_a_gpu():
     assert scan_triton.unavailable(torch.device("cpu")) == "needs a CUDA device, got cpu"
     assert scan_triton.unavailable(torch.device("cuda", 1)) is None
