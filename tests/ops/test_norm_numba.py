@@ -36,8 +36,13 @@ def test_drawn_shapes_strides_and_scales_in_poisoned_memory(shape, scale, permut
     if permuted:
         x, grad = (t.transpose(0, 2).contiguous().transpose(0, 2) for t in (x, grad))
     expected = both_passes(norm_reference, x.double(), weight.double(), grad.double())
-    for name, result in both_passes(norm_numba, x, weight, grad).items():
-        assert_close(name, result, expected[name], "float32_grad")
+    result = both_passes(norm_numba, x, weight, grad)
+    # dx is the difference of two terms, which may be equal but for rounding: of one channel, they always are
+    term = (grad * weight * expected["scales"].view(*shape[:2], 1)).abs().max()
+    for of in (expected, result):
+        of["dx"] = of["dx"] / term
+    for name in expected:
+        assert_close(name, result[name], expected[name], "float32_grad")
 
 
 def test_same_bits_twice_and_on_two_threads():
