@@ -21,7 +21,9 @@ SECURITY_AND_LOST_WORK = {
     "SIGTERM and Ctrl-C in an epoch": [
         "test_train_ssl_resume.py::test_signal_ends_a_run_after_its_update_and_it_goes_on_bit_by_bit",
         "test_train_arm_resume.py::test_sigterm_ends_a_run_after_its_update_and_it_goes_on_bit_by_bit",
-        "test_train_ssl_resume.py::test_ranks_stop_at_the_same_update_whichever_gets_the_signal",
+        "test_train_ssl_resume.py::test_ranks_stop_at_the_same_update_if_the_first_gets_the_signal",
+        "test_train_ssl_resume.py::"
+        "test_ranks_stop_if_the_second_gets_it_and_their_figures_survive_a_resume_on_as_many_or_on_one",
         "utils/test_stop_signal.py::test_signal_to_the_group_leaves_loaders_and_a_second_ends_all_at_once",
     ],
     "a full disk": ["runs/test_checkpoint.py::test_full_disk_is_one_line_and_leaves_whole_files"],

@@ -256,26 +256,8 @@ def test_signal_ends_a_run_after_its_update_and_it_goes_on_bit_by_bit(number, wh
     assert report(folder) == report(whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_stop_at_the_same_update_whichever_gets_the_signal(rank, tmp_path):
-    (tmp_path / "signalled.py").write_text(SIGNALLED)
-    flags = [*TINY, *PLAIN, "--output", str(tmp_path), "--experiment", "run", "--device", "cpu"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(tmp_path / "signalled.py"), str(rank), str(int(signal.SIGTERM)), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode != 0
-    assert "run: stopped at update 2; continue with --resume auto" in done.stdout, done.stderr
-    assert [file.name for file in find_checkpoints("auto", tmp_path / "run")] == [
-        "recovery-0-2.pth.tar",
-        "good.pth.tar",
-    ]
-    assert 'train_ssl.py", line' not in done.stderr
-
-
-def run_on_two_ranks(folder, number, *flags):
-    """Train on two processes, the second of which gets a signal, 0 for none, in its second update."""
+def run_on_two_ranks(folder, rank, number, *flags):
+    """Train on two processes, one of which gets a signal, 0 for none, in its second update."""
     script = folder.parent / "signalled.py"
     script.write_text(SIGNALLED)
     flags = [
@@ -293,19 +275,31 @@ def run_on_two_ranks(folder, number, *flags):
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, str(script), "1", str(int(number)), *flags]
+    command = [*launcher, str(script), str(rank), str(int(number)), *flags]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 
 
+def assert_ranks_stopped(done, folder):
+    assert done.returncode != 0
+    assert f"{folder.name}: stopped at update 2; continue with --resume auto" in done.stdout, done.stderr
+    assert [file.name for file in find_checkpoints("auto", folder)] == ["recovery-0-2.pth.tar", "good.pth.tar"]
+    assert 'train_ssl.py", line' not in done.stderr
+
+
 @pytest.mark.slow
-def test_figures_of_all_ranks_survive_a_resume_on_as_many_or_on_one(tmp_path):
+def test_ranks_stop_at_the_same_update_if_the_first_gets_the_signal(tmp_path):
+    assert_ranks_stopped(run_on_two_ranks(tmp_path / "run", 0, signal.SIGTERM), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_ranks_stop_if_the_second_gets_it_and_their_figures_survive_a_resume_on_as_many_or_on_one(tmp_path):
     """The stop is in the middle of an interval and of an epoch."""
     flags = ["--log-interval", "3", "--epochs", "1"]
-    unbroken = run_on_two_ranks(tmp_path / "unbroken", 0, *flags)
+    unbroken = run_on_two_ranks(tmp_path / "unbroken", 1, 0, *flags)
     assert unbroken.returncode == 0, unbroken.stderr
-    assert run_on_two_ranks(tmp_path / "two", signal.SIGTERM, *flags).returncode != 0
+    assert_ranks_stopped(run_on_two_ranks(tmp_path / "two", 1, signal.SIGTERM, *flags), tmp_path / "two")
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    resumed = run_on_two_ranks(tmp_path / "two", 0, *flags, "--resume", "auto")
+    resumed = run_on_two_ranks(tmp_path / "two", 1, 0, *flags, "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     run(tmp_path / "one", *flags, "--resume", "auto")
     wanted, two, one = (
