@@ -36,12 +36,12 @@ def test_models_take_their_own_options(name):
     ids=str,
 )
 def test_options_that_no_model_takes_are_one_line_and_soon(options, cause):
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     with pytest.raises(UserError, match=cause) as error:
         check_options("test_vim", options, "what", Limit(10**6, 500))
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("what: ")
-    assert time.perf_counter() - start_s < 10
+    assert time.process_time() - start_s < 10
 
 
 def test_a_limit_ends_with_its_check():
