@@ -89,18 +89,8 @@ KILL_POINTS = ["recovery-0-1", "recovery-0-3", "last", "recovery-1-4", "recovery
 def test_run_killed_again_and_again_ends_as_the_unbroken_one(whole, tmp_path):
     """SIGKILL as soon as a file appears: after an update, while evaluating, and while an epoch is saved."""
     folder = tmp_path / "killed"
-    flags = [
-        *TINY,
-        *PLAIN,
-        "--output",
-        str(tmp_path),
-        "--experiment",
-        "killed",
-        "--recovery-interval",
-        "1",
-        "--resume",
-        "auto",
-    ]
+    flags = [*TINY, *PLAIN, "--output", str(tmp_path), "--experiment", "killed"]
+    flags += ["--recovery-interval", "1", "--resume", "auto"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     reached = []
     for point in KILL_POINTS:
@@ -260,19 +250,8 @@ def run_on_two_ranks(folder, rank, number, *flags):
     """Train on two processes, one of which gets a signal, 0 for none, in its second update."""
     script = folder.parent / "signalled.py"
     script.write_text(SIGNALLED)
-    flags = [
-        *TINY,
-        *PLAIN,
-        "--output",
-        str(folder.parent),
-        "--experiment",
-        folder.name,
-        "--device",
-        "cpu",
-        "-b",
-        "2",
-        *flags,
-    ]
+    place = ["--output", str(folder.parent), "--experiment", folder.name]
+    flags = [*TINY, *PLAIN, *place, "--device", "cpu", "-b", "2", *flags]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, str(script), str(rank), str(int(number)), *flags]

@@ -12,20 +12,15 @@ import train_ssl
 ROOT = Path(__file__).parent.parent
 TINY = ["--model", "test_vim", "-b", "4", "--unlabeled-ratio", "2", "--epochs", "2", "--train-batches-per-epoch", "3"]
 TINY += ["--val-interval", "1", "-vb", "250", "--log-interval", "1", "--threshold", "0.05", "--warmup-epochs", "0"]
-PLAIN = [
-    "--ssl-method",
-    "lyapema",
-    "--pseudo-mixup",
-    "ss",
-]  # in place of the demo's method and its rules for a long tail
+# In place of the demo's method and its rules for a long tail.
+PLAIN = ["--ssl-method", "lyapema", "--pseudo-mixup", "ss"]
 PLAIN += ["--debias-pseudo", "0", "--posthoc-debias", "none", "--eval-metric", "top1"]
 
 
 def run(folder, *flags):
     """Train in ``folder``: six updates in two epochs if the flags do not say otherwise."""
-    return train_ssl.main(
-        [*TINY, *PLAIN, "--output", str(folder.parent), "--experiment", folder.name, *map(str, flags)]
-    )
+    place = ["--output", str(folder.parent), "--experiment", folder.name]
+    return train_ssl.main([*TINY, *PLAIN, *place, *map(str, flags)])
 
 
 @contextmanager

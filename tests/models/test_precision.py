@@ -57,7 +57,7 @@ def test_a_thousand_bf16_steps_stay_finite_and_learn():
     )
     images = pixels.view(-1, 1, 32, 32).float() / 127.5 - 1
     labels = torch.from_numpy(source.labels[:200])
-    model = timm.create_model("test_vim", in_chans=1, num_classes=10)
+    model = timm.create_model("semivim_pico", in_chans=1, num_classes=10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(1000):
